@@ -1,0 +1,90 @@
+"""Batches and taps as mappings that say what they lack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from kdlib.errors import BatchError, TapError, did_you_mean
+from kdlib.interfaces import Batch
+
+
+class NamedTaps(dict[str, Tensor]):
+    """Taps of one side. A missing one is an error that names the side and the taps there are."""
+
+    def __init__(self, taps: Mapping[str, Tensor], side: str) -> None:
+        super().__init__(taps)
+        self.side = side
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise TapError(f"the {self.side} has no tap '{name}'.{did_you_mean(name, self)}")
+
+
+class NamedBatch(dict[str, Any]):
+    """A batch. A missing key is an error that names the keys there are."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise BatchError(f"the batch has no '{name}'.{did_you_mean(name, self)}")
+
+
+def as_batch(batch: Any) -> Batch:
+    """Turn an ``(x, y)`` pair into the mapping ``{"x": x, "y": y}``; a mapping stays as it is.
+
+    Raises:
+        BatchError: it is neither.
+
+    Example:
+        >>> import kdlib
+        >>> sorted(kdlib.as_batch((1, 2)))
+        ['x', 'y']
+    """
+    if isinstance(batch, Mapping):
+        return batch
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return {"x": batch[0], "y": batch[1]}
+    raise BatchError(
+        f"A batch is a mapping with 'x', or a pair (x, y), not {type(batch).__name__}. "
+        'Make one: {"x": inputs, "y": labels}.'
+    )
+
+
+def same_shape(student: Tensor, teacher: Tensor) -> None:
+    """Refuse a student's and a teacher's tap of different shapes, naming both; for authors of points.
+
+    Raises:
+        TapError: the shapes differ.
+
+    Example:
+        >>> import torch, kdlib
+        >>> kdlib.same_shape(torch.zeros(2, 3), torch.zeros(2, 4))
+        Traceback (most recent call last):
+        kdlib.errors.TapError: the student's tap has shape (2, 3), the teacher's (2, 4); they must be equal.
+    """
+    if student.shape != teacher.shape:
+        raise TapError(
+            f"the student's tap has shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}; "
+            "they must be equal."
+        )
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Return a nest of mappings, tuples and lists with the function applied to its tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(function, item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [map_tensors(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def call(model: Any, x: Any) -> Any:
+    """Call a model with what a batch holds under ``x``: a tensor, or a tuple or mapping of arguments."""
+    if isinstance(x, Mapping):
+        return model(**x)
+    if isinstance(x, tuple | list):
+        return model(*x)
+    return model(x)

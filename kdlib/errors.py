@@ -1,0 +1,44 @@
+"""The errors that a user can cause. Everything else is a fault of the program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class KdlibError(Exception):
+    """A user's error: its text says what is wrong, where, and what to do. The command line exits with 2."""
+
+
+class TapError(KdlibError):
+    """A tap is missing, did not fire, fired twice, or was changed in place."""
+
+
+class BatchError(KdlibError):
+    """A batch lacks a key that a point or a source needs, or has the wrong shape."""
+
+
+class PluginError(KdlibError):
+    """A plugin is broken, unknown, or claimed by two packages."""
+
+
+class RecipeError(KdlibError):
+    """A recipe has an unknown key, a bad value, or lacks a value."""
+
+
+class DataError(KdlibError):
+    """A data set on disk is not what its reader expects."""
+
+
+class TrainingError(KdlibError):
+    """Training cannot start or cannot go on, for example at a loss that is not finite."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'? Known: ..." for an unknown name."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    shown = names if len(names) <= 25 else names[:20]
+    listed = ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+    return f"{hint} Known: {listed or 'none'}."

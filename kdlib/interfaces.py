@@ -1,0 +1,154 @@
+"""The interfaces. Each is a protocol: third parties inherit nothing, and a function will do where there is one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+Taps = Mapping[str, Tensor]
+"""Named tensors read off a network, such as ``logits`` (B, K) and ``embedding`` (B, D)."""
+
+Batch = Mapping[str, Any]
+"""``x`` (the student's input), ``y``, ``index`` and ``epoch`` ((B,) int64), and whatever a source added."""
+
+
+class Teacher(Protocol):
+    """A role of a model: it turns an input into taps and is not trained (see :func:`kdlib.freeze`)."""
+
+    def __call__(self, *x: Any) -> Taps:
+        """Return the taps for an input."""
+        ...
+
+
+class Student(Protocol):
+    """A role of a model: it turns an input into taps and is trained."""
+
+    def __call__(self, *x: Any) -> Taps:
+        """Return the taps for an input."""
+        ...
+
+
+class SoftLabelSource(Protocol):
+    """Decides what the teacher sees for a batch and returns the teacher's taps, without gradient.
+
+    Two methods are optional. ``dataset(part) -> dataset`` wraps a data part to add to each item what the source needs
+    in its batch. ``advance(student)`` is called after each optimizer step, and is the only place where a source may
+    change state.
+    """
+
+    def __call__(self, batch: Batch) -> Taps:
+        """Return the teacher's taps for the batch, row by row."""
+        ...
+
+
+class DistillPoint(Protocol):
+    """Where student and teacher are compared, and how. Returns one number.
+
+    Two methods are optional. ``prepare(student, teacher, batch)`` is called once with real taps, for projectors.
+    ``advance(student)`` is called after each optimizer step, and is the only place where a point may change state.
+    """
+
+    def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
+        """Return the loss of the batch, a scalar."""
+        ...
+
+
+@runtime_checkable
+class DataPart(Protocol):
+    """One part of a data set: items by ``(epoch, index)``, and what is known of each without loading it.
+
+    The epoch keys augmentation; an epoch of -1 asks for the item as it is, without any.
+    """
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class numbers, (N,) int64."""
+        ...
+
+    @property
+    def groups(self) -> Sequence[str]:
+        """The recording, place or speaker of each item: what must not be split between parts."""
+        ...
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """A name for each item, for messages and result files."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: tuple[int, int]) -> Mapping[str, Any]:
+        """Return ``{"x", "y", "index", "epoch"}`` of one item."""
+        ...
+
+
+class DataParts(Protocol):
+    """A data set split for one training: ``valid`` is None where nothing was split off."""
+
+    @property
+    def train(self) -> DataPart:
+        """The part that is trained on."""
+        ...
+
+    @property
+    def valid(self) -> DataPart | None:
+        """The part that chooses the epoch, split off the training part."""
+        ...
+
+    @property
+    def test(self) -> DataPart:
+        """The part that is scored and chooses nothing."""
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The class names, in the order of the labels."""
+        ...
+
+
+class Features(Protocol):
+    """A module from samples (channels, time) to what a network eats.
+
+    Two methods are optional. ``fit(clips)`` takes statistics over the training part. ``augment(x, generator)`` draws
+    another view of one item from the generator; it is called in training only.
+    """
+
+    time_axis: int
+    """The axis of a batch of features on which segments are joined, counted from the end."""
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """Return the features of one clip or of a batch of clips."""
+        ...
+
+
+class Scorer(Protocol):
+    """A classifier on embeddings, trained after the network."""
+
+    classes_: np.ndarray
+    """The class numbers of the score columns."""
+
+    def fit(self, embeddings: np.ndarray, labels: np.ndarray) -> Self:
+        """Train on embeddings (N, D) and class numbers (N,)."""
+        ...
+
+    def scores(self, embeddings: np.ndarray) -> np.ndarray:
+        """Return one column of scores a class, (N, K)."""
+        ...
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the fitted scorer as plain arrays."""
+        ...
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
+        """Return the scorer that ``state()`` described."""
+        ...
+
+
+__all__ = [
+    "Batch", "DataPart", "DataParts", "DistillPoint", "Features", "Scorer", "SoftLabelSource", "Student", "Taps",
+    "Teacher",
+]  # fmt: skip

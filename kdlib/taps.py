@@ -1,0 +1,347 @@
+"""Reading named tensors off a network (`Tapped`) and freezing one into a teacher (`freeze`)."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from kdlib.batch import map_tensors
+from kdlib.errors import TapError, did_you_mean
+from kdlib.interfaces import Taps
+
+_Picks = tuple[str | int, ...]
+
+
+class Tapped(nn.Module):
+    """A model that returns a dictionary of named tensors read off its submodules.
+
+    The model is used as it is: nothing in it is replaced, and its weights keep their names under ``model.``.
+
+    Args:
+        model: any module.
+        taps: name = path. A path names a submodule (``"layer4.1"``); ``""`` is the model's own output; what follows
+            the submodule picks from a tuple, a mapping or a named output (``"gru[0]"``,
+            ``"encoder.last_hidden_state"``).
+
+    Raises:
+        TapError: a path names nothing, the module did not run in this forward or ran twice, its output is no tensor,
+            or a later layer changed the tensor in place.
+
+    Example:
+        >>> import torch, kdlib
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> student = kdlib.Tapped(net, logits="", embedding="1")
+        >>> {name: tuple(tap.shape) for name, tap in student(torch.zeros(2, 4)).items()}
+        {'logits': (2, 3), 'embedding': (2, 8)}
+    """
+
+    def __init__(self, model: nn.Module, /, **taps: str) -> None:
+        if not isinstance(model, nn.Module):
+            raise TapError(f"Tapped wants a torch.nn.Module, not {type(model).__name__}.")
+        if not taps:
+            raise TapError('Tapped wants at least one tap, for example Tapped(model, logits="").')
+        super().__init__()
+        self.model = model
+        self.taps = dict(taps)
+        self._captured: dict[str, Tensor] | None = None
+        self._with_gradient = False
+        self._versions: dict[str, int] = {}
+        self._own: dict[str, _Picks] = {}
+        self._handles: list[Any] = []
+        located = {name: _locate(model, path) for name, path in taps.items()}
+        for name, (module, picks) in located.items():
+            if module is model:
+                self._own[name] = picks
+            else:
+                self._handles.append(module.register_forward_hook(_Capture(self, name, picks)))
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Run the model and return its taps."""
+        captured: dict[str, Tensor] = {}
+        self._captured = captured
+        self._with_gradient = torch.is_grad_enabled()
+        self._versions = {}
+        try:
+            output = self.model(*args, **kwargs)
+        finally:
+            self._captured = None
+        for name, picks in self._own.items():
+            captured[name] = _pick(output, picks, name, self.taps[name], self.model)
+        for name, path in self.taps.items():
+            if name not in captured:
+                raise TapError(f"Tap '{name}' did not fire: module '{path}' was not called in this forward.")
+        if not torch.compiler.is_compiling():
+            self._refuse_changed(captured)
+        self._versions = {}
+        return {name: captured[name] for name in self.taps}
+
+    def remove(self) -> None:
+        """Take the hooks off the model. The Tapped is of no use afterwards; the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def extra_repr(self) -> str:
+        """Show the taps."""
+        return ", ".join(f"{name}={path!r}" for name, path in self.taps.items())
+
+    def _record(self, name: str, picks: _Picks, output: Any) -> None:
+        if self._captured is None:  # the model was called by itself, or is recomputing in a backward
+            return
+        if self._with_gradient and not torch.is_grad_enabled():
+            raise TapError(
+                f"Tap '{name}': module '{self.taps[name]}' ran without gradients, under torch.no_grad or in a "
+                "re-entrant checkpoint; a point on it would train nothing. Use checkpoint(..., use_reentrant=False)."
+            )
+        tap = _pick(output, picks, name, self.taps[name], self.model)
+        previous = self._captured.get(name)
+        if previous is not None and previous.requires_grad == tap.requires_grad:
+            raise TapError(
+                f"Tap '{name}' fired twice: module '{self.taps[name]}' is used more than once in one forward. "
+                "Tap a module that runs once."
+            )
+        if previous is None or tap.requires_grad:  # of two captures, the one without gradient must not win
+            self._captured[name] = tap
+            if not torch.compiler.is_compiling() and not tap.is_inference():
+                self._versions[name] = tap._version
+
+    def _refuse_changed(self, captured: Mapping[str, Tensor]) -> None:
+        for name, version in self._versions.items():
+            if captured[name]._version != version:
+                raise TapError(
+                    f"Tap '{name}' was changed in place after module '{self.taps[name]}' returned it, by an in-place "
+                    "layer behind it. Tap that layer, or build it with inplace=False."
+                )
+
+
+class _Capture:
+    """A forward hook. It holds its Tapped as an attribute, so that a deep copy captures into the copy."""
+
+    def __init__(self, owner: Tapped, name: str, picks: _Picks) -> None:
+        self.owner = owner
+        self.name = name
+        self.picks = picks
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.owner._record(self.name, self.picks, output)
+
+
+def _locate(model: nn.Module, path: str) -> tuple[nn.Module, _Picks]:
+    """Split a path into the longest submodule that it names and what to pick from that module's output."""
+    tokens: list[str | int] = []
+    for part in re.findall(r"[^.\[\]]+|\[-?\d+\]", path):
+        tokens.append(int(part[1:-1]) if part.startswith("[") else part)
+    module, used = model, 0
+    for token in tokens:
+        children = dict(module.named_children())
+        if str(token) not in children or isinstance(token, int):
+            break
+        module, used = children[str(token)], used + 1
+    return module, tuple(tokens[used:])
+
+
+def _pick(output: Any, picks: _Picks, tap: str, path: str, model: nn.Module) -> Tensor:
+    value = output
+    for pick in picks:
+        try:
+            if isinstance(value, Tensor):  # an index would take a row of the batch, a name an attribute such as .T
+                raise TypeError
+            value = value[pick] if isinstance(pick, int) or isinstance(value, Mapping) else getattr(value, pick)
+        except (AttributeError, KeyError, IndexError, TypeError):
+            paths = (path for path, _ in model.named_modules() if path)
+            raise TapError(
+                f"Tap '{tap}': '{path}' names no submodule of {type(model).__name__}, and its output, "
+                f"{_describe(value)}, has no item {pick!r} to pick.{did_you_mean(path, paths)}"
+            ) from None
+    if not isinstance(value, Tensor):
+        raise TapError(f"Tap '{tap}': '{path}' gives {_describe(value)}, not a tensor. Pick one, as in '{path}[0]'.")
+    return value
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a mapping with {', '.join(map(str, value))}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def checked_taps(output: Any, role: str) -> Taps:
+    """Return a model's output if it is a mapping of taps, else say how to make it one."""
+    if not isinstance(output, Mapping):
+        raise TapError(
+            f"The {role} returned {_describe(output)}, not taps. Wrap it: "
+            "kdlib.Tapped(model, logits=\"\") names its output 'logits'."
+        )
+    return output
+
+
+class Frozen:
+    """A teacher: a model in eval mode, without gradients, that no optimizer, ``state_dict()`` or ``train()`` reaches.
+
+    It is not a module on purpose: assigned to any attribute of any module it stays outside of that module's
+    parameters. Make one with :func:`freeze`.
+    """
+
+    def __init__(self, model: nn.Module, *, pinned: torch.device | None, dtype: torch.dtype | None) -> None:
+        self.model = model
+        self.classes: tuple[str, ...] | None = None
+        self._parts = list(model.modules())
+        self._pinned = pinned
+        self._dtype = dtype
+        self._order: tuple[int, ...] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Taps:
+        """Return the model's taps, without gradient."""
+        return self._aligned(checked_taps(self._run(self.model, args, kwargs), "teacher"))
+
+    def encode(self, x: Any) -> Tensor:
+        """Return the frames (B, frames, D) of a model that has ``encode`` and ``head``."""
+        frames: Tensor = self._run(self._method("encode"), (x,), {})
+        return frames
+
+    def head(self, frames: Tensor) -> Taps:
+        """Return the taps for frames (B, frames, D) of a model that has ``encode`` and ``head``."""
+        return self._aligned(checked_taps(self._run(self._method("head"), (frames,), {}), "teacher"))
+
+    def __repr__(self) -> str:
+        return f"Frozen({type(self.model).__name__})"
+
+    def _method(self, name: str) -> Any:
+        method = getattr(self.model, name, None)
+        if method is None:
+            raise TapError(
+                f"The teacher {type(self.model).__name__} has no method '{name}'. Joining frames wants a model with "
+                "encode(x) -> (B, frames, D) and head(frames) -> taps; join inputs instead."
+            )
+        return method
+
+    def _run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        example = next(_tensors((args, kwargs)), None)
+        if any(part.training for part in self._parts):
+            self.model.eval()
+        home = None if example is None else example.device
+        place = self._pinned or home
+        weight = next(self.model.parameters(), None)
+        if place is not None and weight is not None and weight.device != place:
+            self.model.to(place)
+        with torch.no_grad():
+            if self._dtype is None:
+                return _moved(function(*_moved(args, place), **_moved(kwargs, place)), home)
+            back = example.dtype if example is not None and example.is_floating_point() else torch.get_default_dtype()
+            args, kwargs = _moved(args, place, self._dtype), _moved(kwargs, place, self._dtype)
+            with torch.autocast((place or torch.device("cpu")).type, enabled=False):
+                return _moved(function(*args, **kwargs), home, back)
+
+    def _aligned(self, taps: Taps) -> Taps:
+        if self._order is None or "logits" not in taps:
+            return taps
+        logits = taps["logits"]
+        if logits.shape[-1] != len(self._order):
+            raise TapError(f"The teacher has {logits.shape[-1]} logits and {len(self._order)} class names were given.")
+        return {**taps, "logits": logits[..., torch.tensor(self._order, device=logits.device)]}
+
+    def aligned(self, classes: Sequence[str]) -> Frozen:
+        """Return this teacher with its logits in the order of ``classes``, mapped by label.
+
+        Raises:
+            TapError: the teacher's classes are not known, or are not the same set.
+        """
+        if self.classes is None:
+            raise TapError("The teacher's class order is not known: freeze(model, classes=[...]) tells it.")
+        missing, extra = set(classes) - set(self.classes), set(self.classes) - set(classes)
+        if len(set(classes)) != len(classes):
+            raise TapError(f"A class is named twice in {list(classes)}.")
+        if missing or extra:
+            raise TapError(
+                f"The teacher's classes do not fit: it lacks {sorted(missing)} and has {sorted(extra)} besides. "
+                "Soft labels need the same classes on both sides."
+            )
+        frozen = copy.copy(self)
+        column = dict(zip(self.classes, self._order or range(len(self.classes)), strict=True))
+        frozen._order = tuple(column[label] for label in classes)
+        frozen.classes = tuple(classes)
+        return frozen
+
+
+def freeze(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    classes: Sequence[str] | None = None,
+) -> Frozen:
+    """Make a teacher of a model: eval mode, no gradients, out of reach of optimizers and state dicts.
+
+    The model itself is put in eval mode and its parameters stop asking for gradients; only with ``dtype`` is it
+    copied first.
+
+    Args:
+        model: a module that returns taps (:class:`Tapped`, or one that returns a dictionary).
+        dtype: run a copy in this type, outside of the caller's autocast; taps come back in the input's type.
+        device: stay on this device and bring the taps back. Default: follow the input.
+        classes: the names of the logits' columns, for :meth:`Frozen.aligned`.
+
+    Example:
+        >>> import torch, kdlib
+        >>> big = torch.nn.Linear(4, 3)
+        >>> teacher = kdlib.freeze(kdlib.Tapped(big, logits=""))
+        >>> teacher(torch.zeros(2, 4))["logits"].requires_grad
+        False
+    """
+    if isinstance(model, Frozen):
+        raise TapError("freeze was given a teacher that is frozen already.")
+    if dtype is not None:
+        model = copy.deepcopy(model).to(dtype)
+    pinned = None if device is None else torch.device(device)
+    if pinned is not None:
+        model = model.to(pinned)
+    model.eval().requires_grad_(False)
+    frozen = Frozen(model, pinned=pinned, dtype=dtype)
+    if classes is not None:
+        if len(set(classes)) != len(classes):
+            raise TapError(f"A class is named twice in {list(classes)}.")
+        frozen.classes = tuple(classes)
+    return frozen
+
+
+def teachers_in(holder: Any, _depth: int = 3) -> Iterator[Frozen]:
+    """Yield the frozen models that a source holds, in its attributes and in those of the sources it holds."""
+    if isinstance(holder, Frozen):
+        yield holder
+    elif isinstance(holder, Mapping):
+        for value in holder.values():
+            yield from teachers_in(value, _depth)
+    elif isinstance(holder, tuple | list):
+        for value in holder:
+            yield from teachers_in(value, _depth)
+    elif _depth and not isinstance(holder, Tensor) and hasattr(holder, "__dict__"):
+        for value in vars(holder).values():
+            yield from teachers_in(value, _depth - 1)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _moved(value: Any, device: torch.device | None, dtype: torch.dtype | None = None) -> Any:
+    """Return a nest of tensors on a device, its floating-point ones in a type."""
+    return map_tensors(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None), value)
