@@ -1,0 +1,181 @@
+"""Data parts, the sampler and the loader: items are asked for by (epoch, index), in an order keyed by the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from kdlib.batch import as_batch, map_tensors
+from kdlib.errors import DataError
+from kdlib.interfaces import Batch, DataPart
+from kdlib.keyed import keyed as _keyed
+
+CLEAN = -1
+"""The epoch that asks for items without augmentation."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A data set split for one training, satisfying :class:`kdlib.DataParts`."""
+
+    train: DataPart
+    valid: DataPart | None
+    test: DataPart
+    classes: tuple[str, ...]
+
+
+class TensorPart:
+    """A data part of tensors in memory.
+
+    Args:
+        x: inputs, first axis N.
+        labels: class numbers, (N,).
+        ids: a name for each item. Default: its number.
+        classes: the class names. Default: not known.
+        groups: what must not be split between parts. Default: each item its own.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        labels: Any,
+        *,
+        ids: Sequence[str] | None = None,
+        groups: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.x = x
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.ids = list(ids) if ids is not None else [str(index) for index in range(len(x))]
+        self.groups = list(groups) if groups is not None else self.ids
+        self.classes = classes
+        if not len(self.x) == len(self.labels) == len(self.ids) == len(self.groups):
+            raise DataError("x, labels, ids and groups must have the same length.")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        return {"x": self.x[index], "y": int(self.labels[index]), "index": index, "epoch": epoch}
+
+
+def as_part(dataset: Any) -> Any:
+    """Return a data part as it is, and any other map-style data set as one that is asked for by (epoch, index)."""
+    if isinstance(dataset, DataLoader):
+        raise DataError("A data set is wanted here, not a DataLoader: pass loader.dataset, and batch=... beside it.")
+    return dataset if isinstance(dataset, DataPart | _Plain) else _Plain(dataset)
+
+
+class _Plain:
+    """Any map-style data set of ``(x, y)`` pairs or mappings, asked for by (epoch, index)."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        return {**as_batch(self.dataset[index]), "index": index, "epoch": epoch}
+
+
+class _EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index): the order is a function of (seed, epoch), so workers and a resumed run agree."""
+
+    def __init__(self, length: int, batch: int, seed: int, shuffle: bool) -> None:
+        self.length = length
+        self.batch = batch
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        # Not a generator: the epoch is read now, not when the first batch is asked for.
+        if self.shuffle:
+            order = torch.randperm(self.length, generator=_keyed(self.seed, self.epoch, "order")).tolist()
+        else:
+            order = list(range(self.length))
+        pairs = [(self.epoch, index) for index in order]
+        return iter([pairs[start : start + self.batch] for start in range(0, self.length, self.batch)])
+
+    def __len__(self) -> int:
+        return -(-self.length // self.batch)
+
+
+class Loader:
+    """Batches of a data part, epoch by epoch, in the order that :func:`kdlib.fit` uses.
+
+    Every ``for`` over it is the next epoch, from 0; :meth:`epoch` asks for a certain one. Random state outside is
+    neither used nor changed.
+
+    Args:
+        dataset: a data part, or any map-style data set of ``(x, y)`` pairs or mappings.
+        batch: rows a batch, at least 1. The last batch of an epoch may be smaller.
+        seed: keys the order.
+        shuffle: False keeps the order of the data set.
+        workers: loader processes; 0 loads in this one. The batches are the same.
+        keyed: whether ``dataset[epoch, index]`` is how it is asked. Default: if it is a data part.
+
+    Example:
+        >>> import torch, kdlib
+        >>> data = torch.utils.data.TensorDataset(torch.zeros(10, 4), torch.arange(10))
+        >>> loader = kdlib.Loader(data, batch=4)
+        >>> [len(batch["y"]) for batch in loader]
+        [4, 4, 2]
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        batch: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        workers: int = 0,
+        keyed: bool | None = None,
+    ) -> None:
+        if batch < 1:
+            raise DataError(f"A batch has at least 1 row, not {batch}.")
+        self.dataset = dataset if keyed else as_part(dataset)
+        if not len(self.dataset):
+            raise DataError("The data set is empty.")
+        self._batches = _EpochBatches(len(self.dataset), batch, seed, shuffle)
+        self._next = 0
+        self._loader: DataLoader[Any] = DataLoader(
+            self.dataset,
+            batch_sampler=self._batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            generator=_keyed(seed, "loader"),
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(self._next)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Return the batches of one epoch."""
+        self._next = epoch + 1
+        self._batches.epoch = epoch
+        return iter(self._loader)
+
+
+def to_device(batch: Batch, device: torch.device, layout: torch.memory_format) -> dict[str, Any]:
+    """Return the batch on a device. ``index`` and ``epoch`` stay behind: they look things up on the host."""
+
+    def moved(value: Tensor) -> Tensor:
+        image = value.dim() == 4 and value.is_floating_point()
+        return value.to(device, non_blocking=True, memory_format=layout if image else torch.preserve_format)
+
+    kept = ("index", "epoch")
+    return {name: value if name in kept else map_tensors(moved, value) for name, value in batch.items()}

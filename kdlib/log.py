@@ -1,0 +1,94 @@
+"""Callbacks of a training: functions of an event. The bar, the table and the step log are three of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from kdlib.distiller import Distiller, Losses
+
+
+class Event(NamedTuple):
+    """Something that happened in a training."""
+
+    kind: Literal["step", "epoch", "end"]
+    step: int
+    """Optimizer steps done."""
+    epoch: int
+    losses: Losses
+    """Of the last batch."""
+    distiller: Distiller
+    record: Mapping[str, float]
+    """Of a step its ``lr`` and what schedules gave (``soft.temperature``); of an epoch its line in the history."""
+
+
+Callback = Callable[[Event], None]
+
+
+@contextmanager
+def progress_bar(steps: int, title: str = "training") -> Iterator[Callback]:
+    """Show steps, loss terms, learning rate and remaining time on the terminal."""
+    # Imported here, as everywhere: rich draws from Python's random state when it is imported.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[terms]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(title, total=steps, terms="")
+
+        def show(event: Event) -> None:
+            if event.kind == "step" and not bar.finished:
+                terms = " ".join(f"{name} {float(value):.4g}" for name, value in event.losses.terms.items())
+                text = f"epoch {event.epoch + 1}  {terms}  lr {event.record['lr']:.2g}"
+                bar.update(task, completed=event.step, terms=text)
+
+        yield show
+
+
+@contextmanager
+def csv_log(folder: Path) -> Iterator[Callback]:
+    """Write one line an epoch to ``metrics.csv``; a term that comes later gets its column from the beginning."""
+    with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        records: list[Mapping[str, float]] = []
+        writer: csv.DictWriter[str] = csv.DictWriter(file, [])
+
+        def write(event: Event) -> None:
+            if event.kind != "epoch":
+                return
+            records.append(event.record)
+            unwritten = records[-1:]
+            columns = list(dict.fromkeys([*writer.fieldnames, *event.record]))
+            if columns != writer.fieldnames:
+                file.seek(0)
+                writer.fieldnames = columns
+                writer.writeheader()
+                unwritten = records
+            writer.writerows(unwritten)
+            file.flush()
+
+        yield write
+
+
+@contextmanager
+def jsonl_log(folder: Path) -> Iterator[Callback]:
+    """Write one line a step to ``metrics.jsonl``."""
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+
+        def write(event: Event) -> None:
+            if event.kind == "step":
+                terms = {name: float(value) for name, value in event.losses.terms.items()}
+                line = {"step": event.step, "epoch": event.epoch, **event.record, "total": event.losses.total.item()}
+                file.write(json.dumps({**line, "terms": terms}) + "\n")
+            elif event.kind == "epoch":
+                file.flush()
+
+        yield write
