@@ -1,0 +1,99 @@
+"""What a recipe's blocks become: models, features, sources and points, with what is known of the data filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kdlib.errors import KdlibError, RecipeError
+from kdlib.files import read_tensors
+from kdlib.interfaces import DataParts
+from kdlib.keyed import default_generators_keyed
+from kdlib.points import of
+from kdlib.recipe import Part, System
+from kdlib.registry import build
+
+
+def facts_of(parts: DataParts) -> dict[str, Any]:
+    """Return what is known of the data: ``classes``, and ``channels`` and ``rate`` where it has them."""
+    facts = {"classes": len(parts.classes), "channels": None, "rate": None}
+    return facts | {name: getattr(parts, name) for name in ("channels", "rate") if hasattr(parts, name)}
+
+
+def make_model(part: Part, facts: Mapping[str, Any], seed: int, *key: str) -> nn.Module:
+    """Build a model with weights keyed by the seed; the caller's random state is left alone."""
+    with default_generators_keyed(None, seed, "weights", *key):
+        model = build(part.plugin, part.settings, {}, facts, part.at)
+    if not isinstance(model, nn.Module):
+        raise KdlibError(f"{part.at}: the model '{part.plugin.name}' is a {type(model).__name__}, not a module.")
+    return model
+
+
+def make_features(part: Part, facts: Mapping[str, Any]) -> Any:
+    """Build features, unfitted."""
+    return build(part.plugin, part.settings, {}, facts, part.at)
+
+
+def make_source(system: System, teacher: Any, student: nn.Module, data: Any) -> Any:
+    """Build a system's source, with the sources inside it."""
+
+    def made(part: Part) -> Any:
+        inner = {name: made(one) for name, one in part.nested.get("sources", {}).items()}
+        live = {"teacher": teacher, "student": student, "data": data, "sources": inner, "points": make_nested(part)}
+        return build(part.plugin, part.settings, live, {}, part.at)
+
+    return None if system.source is None else made(system.source)
+
+
+def make_nested(part: Part) -> dict[str, Any]:
+    """Build the points inside of a block."""
+    nested = part.nested.get("points", {})
+    return {
+        name: build(one.plugin, one.settings, {"points": make_nested(one)}, {}, one.at) for name, one in nested.items()
+    }
+
+
+def make_points(system: System, teacher: Any, student: nn.Module, data: Any) -> dict[str, Any]:
+    """Build a system's points as ``name: (weight, point)``."""
+    points = {}
+    for name, one in system.points.items():
+        live = {"teacher": teacher, "student": student, "data": data, "points": make_nested(one.part)}
+        point = build(one.part.plugin, one.part.settings, live, {}, one.part.at)
+        points[name] = (one.weight, point if one.teacher is None else of(one.teacher, point))
+    return points
+
+
+def load_weights(model: nn.Module, path: Path, classes: Sequence[str] | None = None) -> None:
+    """Load weights by name.
+
+    Raises:
+        RecipeError: the file's names or shapes are not the model's, or it tells another order of classes.
+    """
+    tensors, notes = read_tensors(path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise RecipeError(f"{path}: these weights are not of this model. {error}") from None
+    if classes is not None and notes.get("classes", list(classes)) != list(classes):
+        raise RecipeError(
+            f"{path}: these weights are of the classes {notes['classes']}, the data's are {list(classes)}."
+        )
+
+
+@contextmanager
+def named(*involved: Part | None) -> Iterator[None]:
+    """Say in an exception which plugins were at work."""
+    try:
+        yield
+    except KdlibError:
+        raise
+    except Exception as error:
+        kinds = {
+            f"{part.plugin.kind} '{part.plugin.name}' of plugin '{part.plugin.package}'" for part in involved if part
+        }
+        error.add_note(f"at work: {', '.join(sorted(kinds))}")
+        raise

@@ -1,0 +1,80 @@
+"""A recipe looked over: everything is built and tried on one batch, nothing is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kdlib.building import facts_of, make_features, make_model, make_points, make_source, named
+from kdlib.data import CLEAN, Loader
+from kdlib.distiller import Distiller
+from kdlib.featured import Featured
+from kdlib.interfaces import Batch, DataPart, DataParts
+from kdlib.points import HardLabels
+from kdlib.recipe import Recipe, System
+from kdlib.report import Report
+from kdlib.run import make_data
+from kdlib.taps import freeze
+
+LOOKED_AT = 64
+"""Clips of the training part that a check reads."""
+
+
+def check(recipe: Recipe) -> Iterator[tuple[str, Report]]:
+    """Yield a title and a report for each system, with networks as they are before training."""
+    parts = next(iter(make_data(recipe).values()))
+    facts = facts_of(parts)
+    few = _Few(parts.train)
+    for name, system in recipe.systems.items():
+        with named(recipe.data, system.features, system.source):
+            distiller, batch = _built(name, system, few, parts, facts)
+        yield name, distiller.prepare(batch).check(batch)
+
+
+def _built(name: str, system: System, few: _Few, parts: DataParts, facts: Mapping[str, Any]) -> tuple[Distiller, Batch]:
+    """Return a system's distiller and a batch of its data."""
+    features: Any = None if system.features is None else make_features(system.features, facts)
+    if hasattr(features, "fit"):
+        features.fit(few[CLEAN, index]["x"] for index in range(len(few)))
+    train: Any = Featured(few, features, classes=parts.classes, augment=True)
+    student = make_model(system.student.model, facts, system.student.train.seed, name, "student")
+    if system.source is None:
+        points = make_points(system, None, student, train) or {"hard": HardLabels()}
+        distiller = Distiller(student, **points)
+    else:
+        teacher = freeze(make_model(system.teacher.model, facts, system.teacher.train.seed, name, "teacher"))
+        source = make_source(system, teacher, student, train)
+        distiller = Distiller(student, source, **make_points(system, teacher, student, train))
+        train = source.dataset(train) if hasattr(source, "dataset") else train
+    size = min(system.student.train.batch, len(few))
+    return distiller, next(Loader(train, batch=size, keyed=True).epoch(0))
+
+
+class _Few:
+    """Some clips of each class of a part: enough to try everything."""
+
+    def __init__(self, part: DataPart) -> None:
+        self.part = part
+        turn = np.empty(len(part), dtype=np.int64)
+        for label in np.unique(part.labels):
+            own = np.flatnonzero(part.labels == label)
+            seen: Counter[str] = Counter()
+            nth = []
+            for index in own.tolist():  # places take turns, for sources that want clips from different ones
+                nth.append(seen[part.groups[index]])
+                seen[part.groups[index]] += 1
+            turn[own[np.argsort(nth, kind="stable")]] = np.arange(len(own))
+        self._chosen = np.sort(np.argsort(turn, kind="stable")[:LOOKED_AT]).tolist()
+        self.labels: np.ndarray = part.labels[self._chosen]
+        self.groups: Sequence[str] = [part.groups[index] for index in self._chosen]
+        self.ids: Sequence[str] = [part.ids[index] for index in self._chosen]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        return {**self.part[epoch, self._chosen[index]], "index": index}

@@ -1,0 +1,195 @@
+"""The command ``kdlib``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kdlib.errors import KdlibError
+from kdlib.registry import register, registry
+
+MEANING = {
+    "without": "the teacher, trained on hard labels",
+    "continued": "the control: from the teacher, as many updates as the student, on hard labels",
+    "alone": "the control: the student's network and updates, on hard labels",
+    "with": "the student, trained by the points of the recipe",
+}
+
+app = typer.Typer(
+    help="Knowledge distillation from recipes: train a teacher, distil a student, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+RecipeName = Annotated[str, typer.Argument(help="A recipe that comes with kdlib, or the path of a TOML or JSON file.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. train.epochs=5.")
+]
+Modules = Annotated[
+    list[str] | None, typer.Option("--plugin", metavar="MODULE", help="Register a module that can be imported.")
+]
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipeName,
+    changes: Changes = None,
+    plugins: Modules = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to make. Default: runs/NAME/TIME-DIGEST.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+) -> None:
+    """Run a recipe: train, distil, score, and show the rows."""
+    from kdlib.recipe import read
+    from kdlib.run import run
+
+    _register(plugins)
+    say = (lambda _: None) if quiet else _print
+    folder = run(read(recipe, changes), out, progress=not quiet, say=say)
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    console.print(_table(result))
+    seconds = result["seconds"]
+    _print(f"{seconds['wall']:.0f} s, {seconds['cpu'] / 60:.1f} CPU minutes. Everything is in {folder}")
+
+
+@app.command("check")
+def check_command(recipe: RecipeName, changes: Changes = None, plugins: Modules = None) -> None:
+    """Look a recipe over on one batch of its data, without training."""
+    from kdlib.checking import check
+    from kdlib.recipe import read
+
+    _register(plugins)
+    good = True
+    for title, report in check(read(recipe, changes)):
+        console.print(f"[bold]{title}[/bold]")
+        _print(str(report))
+        good = good and bool(report)
+    if not good:
+        raise KdlibError("Something is wrong; see the lines above.")
+
+
+@app.command("plugins")
+def plugins_command(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False, plugins: Modules = None
+) -> None:
+    """List what is registered, by whom, and what is broken."""
+    _register(plugins)
+    known = registry()
+    if as_json:
+        listed: list[dict[str, Any]] = [
+            {"kind": one.kind, "name": one.name, "plugin": one.package, "settings": one.settings.model_json_schema()}
+            for one in known.plugins()
+        ]
+        clashes = [{"kind": kind, "name": name, "plugins": by} for kind, name, by in known.clashes()]
+        typer.echo(json.dumps({"plugins": listed, "broken": known.broken, "clashes": clashes}, indent=2))
+        return
+    table = Table("kind", "name", "plugin", "what")
+    for one in known.plugins():
+        table.add_row(one.kind, one.name, one.package, escape((one.build.__doc__ or "").strip().partition("\n")[0]))
+    console.print(table)
+    for kind, name, packages in known.clashes():
+        _print(f"clash: the {kind} '{name}' is claimed by {' and '.join(packages)}; neither is used")
+    for name, reason in known.broken.items():
+        _print(f"broken: {name}: {reason}")
+
+
+@app.command("schema")
+def schema_command(plugins: Modules = None) -> None:
+    """Print the JSON schema of recipes over everything that is registered."""
+    from kdlib.schema import schema
+
+    _register(plugins)
+    typer.echo(json.dumps(schema(), indent=2))
+
+
+@app.command("recipes")
+def recipes_command(
+    name: Annotated[str | None, typer.Argument(help="Print this one, to start your own from.")] = None,
+    plugins: Modules = None,
+) -> None:
+    """List the recipes that come along, or print one."""
+    from kdlib.recipe import find, shipped, text_of
+
+    _register(plugins)
+    if name is not None:
+        typer.echo(text_of(find(name)), nl=False)
+        return
+    table = Table("recipe", "what")
+    for known, path in shipped().items():
+        table.add_row(known, escape(text_of(path).partition("\n")[0].removeprefix("# ")))
+    console.print(table)
+
+
+def _print(text: str) -> None:
+    """Print text as it is: names of files and plugins may hold brackets, and a path is one line."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _register(modules: list[str] | None) -> None:
+    for name in modules or []:
+        sys.path.insert(0, "")
+        try:
+            module = import_module(name)
+        except ImportError as error:
+            raise KdlibError(f"--plugin {name}: cannot be imported: {error}.") from error
+        finally:
+            sys.path.remove("")
+        register(module, name)
+
+
+def _table(result: dict[str, Any]) -> Table:
+    several = len({row["system"] for row in result["rows"]}) > 1
+    roles = list(dict.fromkeys(row["role"] for row in result["rows"]))
+    legend = "\n".join(f"{role}: {MEANING[role]}" for role in roles)
+    table = Table(title=f"{result['name']}: test part", caption=legend, caption_justify="left")
+    for column in (["system"] if several else []) + ["training"]:
+        table.add_column(column)
+    for column in ("correct", "accuracy %", "95 % interval", "macro %"):
+        table.add_column(column, justify="right")
+    before = None
+    for row in result["rows"]:
+        if before not in (None, row["system"]):
+            table.add_section()
+        low, high = row["interval"]
+        table.add_row(
+            *([row["system"] if row["system"] != before else ""] if several else []),
+            row["role"],
+            f"{row['correct']} / {row['total']}",
+            f"{100 * row['accuracy']:.2f}",
+            f"{100 * low:.1f} to {100 * high:.1f}",
+            f"{100 * row['macro']:.2f}",
+        )
+        before = row["system"]
+    return table
+
+
+def main() -> None:
+    """Run the command. Exit codes: 0, 2 for a user's error (one message), 1 for a fault (with its traceback)."""
+    warnings.showwarning = lambda message, *_, **__: errors.print(f"warning: {message}", markup=False, highlight=False)
+    try:
+        app(standalone_mode=True)
+    except KdlibError as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        for note in getattr(error, "__notes__", []):
+            errors.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        errors.print("This is a fault of the program or of a plugin, not of yours; please report the lines above.")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

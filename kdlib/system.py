@@ -1,0 +1,248 @@
+"""One system of a recipe, trained on one split of the data: teacher, control, student, and their scores."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kdlib.batch import call
+from kdlib.blocks import Train
+from kdlib.building import facts_of, load_weights, make_features, make_model, make_points, make_source, named
+from kdlib.data import CLEAN, Loader
+from kdlib.distiller import Distiller
+from kdlib.errors import RecipeError
+from kdlib.featured import Featured
+from kdlib.files import write_arrays, write_tensors
+from kdlib.fit import OPTIMIZERS, fit
+from kdlib.fusion import Scores
+from kdlib.interfaces import DataPart, DataParts, Scorer
+from kdlib.points import HardLabels
+from kdlib.recipe import Network, Part, Recipe, System
+from kdlib.registry import build
+from kdlib.sources import CrossFit, fold_of_groups
+from kdlib.sources.parts import Rows
+from kdlib.taps import freeze
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the trainings of one system have in common."""
+
+    name: str
+    system: System
+    data: Part
+    scorer: Part | None
+    parts: DataParts
+    folder: Path
+    title: str
+    progress: bool
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is filled into the settings of models and features."""
+        return facts_of(self.parts)
+
+
+def stem(role: str) -> str:
+    """Return the name of the files of a role: of the rows ``without`` and ``with`` those of teacher and student."""
+    return {"without": "teacher", "with": "student"}.get(role, role)
+
+
+def train_system(
+    name: str, recipe: Recipe, parts: DataParts, folder: Path, title: str, progress: bool
+) -> dict[str, Scores]:
+    """Train what a system asks for, save it, and return the test scores by role.
+
+    The roles: ``without`` (the teacher), ``with`` (the student), and with ``student.control`` the control, trained like
+    the student but on hard labels: ``continued`` where both start from the teacher, else ``alone``.
+    """
+    _refuse_missing(recipe.systems[name])
+    job = Job(name, recipe.systems[name], recipe.data, recipe.scorer, parts, folder, title, progress)
+    system = job.system
+    train, valid, test, features = _featured(job)
+    folder.mkdir(parents=True, exist_ok=True)
+    if features is not None:
+        write_tensors(folder / "features.safetensors", features.state_dict())
+
+    teacher = _teacher(job, train, valid)
+    roles = {"without": teacher}
+    if system.source is not None:
+        start = _start(job, teacher, train, valid)
+        roles |= _students(job, teacher, start, train, valid)
+    scores = {}
+    for role, network in roles.items():
+        _save(folder / f"{stem(role)}.safetensors", network, parts.classes)
+        scores[role] = _scored(job, role, network, train, test)
+    return scores
+
+
+def _refuse_missing(system: System) -> None:
+    """Refuse a file of weights that is not there before anything is trained."""
+    for key, path in (("teacher.weights", system.weights), ("student.start", system.start)):
+        if isinstance(path, Path) and not path.is_file():
+            raise RecipeError(f"{key}: {path}: there is no such file.")
+
+
+def outputs(model: nn.Module, part: DataPart, train: Train) -> dict[str, np.ndarray]:
+    """Return the taps of every clip of a part in order: clean data, eval mode."""
+    model.eval()
+    collected: dict[str, list[np.ndarray]] = {}
+    with torch.inference_mode():
+        for batch in Loader(part, batch=train.batch, shuffle=False, workers=train.workers).epoch(CLEAN):
+            for name, tap in call(model, batch["x"]).items():
+                collected.setdefault(name, []).append(tap.float().numpy())
+    return {name: np.concatenate(pieces) for name, pieces in collected.items()}
+
+
+def _featured(job: Job) -> tuple[DataPart, DataPart | None, DataPart, Any]:
+    """Return train, valid and test through the features, which take their statistics from the training part."""
+    parts, block = job.parts, job.system.features
+    features: Any = None if block is None else make_features(block, job.facts)
+
+    def through(part: DataPart, name: str, *, augment: bool = False) -> Featured:
+        title = f"{job.title} features of {name}".strip()
+        seed = job.system.teacher.train.seed
+        return Featured(part, features, classes=parts.classes, augment=augment, seed=seed, title=title)
+
+    with named(job.data, block):
+        if hasattr(features, "fit"):
+            features.fit(parts.train[CLEAN, index]["x"] for index in range(len(parts.train)))
+        valid = None if parts.valid is None else through(parts.valid, "validation")
+        return through(parts.train, "training", augment=True), valid, through(parts.test, "test"), features
+
+
+def _teacher(job: Job, train: DataPart, valid: DataPart | None, name: str = "teacher") -> nn.Module:
+    system = job.system
+    teacher = make_model(system.teacher.model, job.facts, system.teacher.train.seed, job.name, "teacher")
+    if system.weights is not None:
+        load_weights(teacher, system.weights, job.parts.classes)
+        return teacher
+    teacher = _pretrained(job, name, system.teacher, teacher, train, valid)
+    points = make_points(system, None, teacher, train) if system.source is None else {}
+    distiller = Distiller(teacher, **(points or {"hard": HardLabels()}))
+    _fit(job, name, distiller, system.teacher.train, train, valid)
+    return teacher
+
+
+def _start(job: Job, teacher: nn.Module, train: DataPart, valid: DataPart | None) -> nn.Module:
+    """Return the network that student and control start from."""
+    system = job.system
+    student = make_model(system.student.model, job.facts, system.student.train.seed, job.name, "student")
+    if system.start == "teacher":
+        student.load_state_dict(teacher.state_dict())
+    elif isinstance(system.start, Path):
+        load_weights(student, system.start, job.parts.classes)
+    else:
+        student = _pretrained(job, "student", system.student, student, train, valid)
+    return student
+
+
+def _students(
+    job: Job, trained: nn.Module, start: nn.Module, train: DataPart, valid: DataPart | None
+) -> dict[str, nn.Module]:
+    system, roles = job.system, {}
+    teacher = freeze(copy.deepcopy(trained))
+    if system.control:
+        role = "continued" if system.start == "teacher" else "alone"
+        roles[role] = copy.deepcopy(start)
+        _fit(job, role, Distiller(roles[role], hard=HardLabels()), system.student.train, train, valid)
+    student = start
+    if system.cross_fit is None:
+        source = make_source(system, teacher, student, train)
+    else:
+        source = _cross_fitted(job, system.cross_fit, student, train, valid)
+    distiller = Distiller(student, source, **make_points(system, teacher, student, train))
+    _fit(job, "student", distiller, system.student.train, train, valid)
+    return {**roles, "with": student}
+
+
+def _cross_fitted(job: Job, parts: int, student: nn.Module, train: DataPart, valid: DataPart | None) -> CrossFit:
+    """Train one teacher without each part of the recordings, and return the source that asks the one that fits."""
+    system, seed = job.system, job.system.teacher.train.seed
+    folds = fold_of_groups(train.labels, train.groups, parts, seed)
+    sources = []
+    for part in range(parts):
+        rest = Rows(train, np.flatnonzero(folds != part))
+        teacher = _teacher(job, rest, valid, f"teacher-without-{part}")
+        sources.append(make_source(system, freeze(teacher), student, train))
+    return CrossFit(sources, train, seed=seed)
+
+
+def _pretrained(
+    job: Job, role: str, network: Network, model: nn.Module, train: DataPart, valid: DataPart | None
+) -> nn.Module:
+    """Train the preliminary model, and carry over every parameter of the same name and shape."""
+    if network.pretrain is None:
+        return model
+    part, settings = network.pretrain
+    place = "pretrain" if role == "teacher" else f"{role}-pretrain"
+    first = make_model(part, job.facts, settings.seed, job.name, "pretrain")
+    _fit(job, place, Distiller(first, hard=HardLabels()), settings, train, valid)
+    trained, own = first.state_dict(), model.state_dict()
+    carried = {name: value for name, value in trained.items() if name in own and own[name].shape == value.shape}
+    if not carried:
+        raise RecipeError(f"{part.at}: no weight of this model has the name and shape of one of the model to train.")
+    model.load_state_dict({**own, **carried})
+    new = [name for name in own if name not in carried]
+    text = "".join(f"{name}\n" for name in new)
+    (job.folder / place / "not_carried_over.txt").write_text(text, encoding="utf-8")
+    return model
+
+
+def _fit(job: Job, role: str, distiller: Distiller, train: Train, data: DataPart, valid: DataPart | None) -> None:
+    keywords = {name: getattr(train, name) for name in Train.model_fields if name != "optimizer"}
+    maker = partial(OPTIMIZERS[train.optimizer.kind], **train.optimizer.keywords())
+    title = f"{job.title} {role}"
+    system = job.system
+    involved = [job.data, system.features, system.teacher.model, system.student.model, system.source]
+    with named(*involved, *(point.part for point in system.points.values())):
+        fit(
+            distiller,
+            data,
+            valid=valid,
+            optimizer=maker,
+            lr=train.optimizer.lr,
+            folder=job.folder / role,
+            progress=title if job.progress else False,
+            **keywords,
+        )
+
+
+def _scored(job: Job, role: str, network: nn.Module, train: DataPart, test: DataPart) -> Scores:
+    """Return the test scores of a network: of the scorer trained on its embeddings, or its log-softmax."""
+    settings = job.system.teacher.train if role == "without" else job.system.student.train
+    ids, classes = tuple(test.ids), tuple(job.parts.classes)
+    seen, unseen = outputs(network, train, settings), outputs(network, test, settings)
+    if job.scorer is None:
+        own, values = (_log_softmax(taps["logits"]) for taps in (seen, unseen))
+        return Scores(ids, classes, values, _spread(own))
+    if "embedding" not in seen:
+        raise RecipeError(f"{job.scorer.at}: a scorer wants the tap 'embedding'; the model gives {', '.join(seen)}.")
+    with named(job.scorer):
+        scorer: Scorer = build(job.scorer.plugin, job.scorer.settings, {}, {}, job.scorer.at)
+        scorer.fit(seen["embedding"], train.labels)
+        write_arrays(job.folder / f"{stem(role)}-scorer.safetensors", scorer.state())
+        columns = tuple(classes[number] for number in scorer.classes_)
+        return Scores(ids, columns, scorer.scores(unseen["embedding"]), _spread(scorer.scores(seen["embedding"])))
+
+
+def _spread(values: np.ndarray) -> tuple[float, float]:
+    return float(values.mean()), float(values.std())
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    normalised: np.ndarray = wide - np.logaddexp.reduce(wide, axis=1, keepdims=True)
+    return normalised
+
+
+def _save(path: Path, network: nn.Module, classes: Any) -> None:
+    """Save a network under its own names: the file loads in a program that never heard of kdlib."""
+    write_tensors(path, network.state_dict(), {"classes": list(classes)})
