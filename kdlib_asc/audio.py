@@ -1,0 +1,190 @@
+"""Reading one clip: everything that a decoder lets through and a network must not see is an error naming the file."""
+
+from __future__ import annotations
+
+import re
+from math import ceil, gcd
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdlib import DataError, KdlibError
+
+LOUDEST = 8.0
+"""Full scale is 1, and lossy codecs overshoot it a little. Larger values are integers saved as floating point."""
+
+_BLOCK = 1 << 18
+_OGG_PAGE = re.compile(rb"OggS\x00[\x00-\x07]")
+_OGG_TAIL = 1 << 17  # a page has at most 65307 bytes
+
+
+def read_audio(
+    path: str | Path,
+    *,
+    rate: int,
+    channels: int,
+    seconds: float,
+    resample: bool = False,
+    down_mix: bool = False,
+    pad: bool = False,
+    crop: bool = False,
+) -> Tensor:
+    """Read one clip in exactly the wanted form, or say what is wrong with it.
+
+    Args:
+        path: a file in any container that soundfile reads.
+        rate: wanted sample rate in Hz, at least 1.
+        channels: wanted number of channels, at least 1.
+        seconds: wanted length; ``round(seconds * rate)`` samples, at least 1.
+        resample: convert another sample rate (polyphase filter). A length that is off by no more than the rounding of
+            the conversion, one sample at the lower of the two rates, is then put right without ``pad`` or ``crop``.
+        down_mix: average several channels into one, where ``channels`` is 1.
+        pad: fill a clip that is too short with zeros at its end.
+        crop: cut a clip that is too long at its end.
+
+    Returns:
+        Samples of full scale 1, (channels, samples) float32.
+
+    Raises:
+        DataError: the file is missing, not readable, truncated or empty, holds NaN, infinity or samples beyond
+            ``LOUDEST``, or has another rate, channel count or length than wanted and no setting that allows it. The
+            text names the file, what was found, what was expected, and the setting (a key of a recipe's ``[data]``).
+
+    Source:
+        Ours. The paper's clips (section 4.1) are 10 s, 48 kHz, stereo; it resamples and pads nothing.
+
+    Example::
+
+        x = read_audio("audio/bus-lyon-1001-40001-a.wav", rate=48000, channels=2, seconds=10.0)  # (2, 480000)
+    """
+    wanted = round(seconds * rate)
+    if wanted < 1:
+        raise DataError(f"data.seconds={seconds} at data.rate={rate} is a clip without samples")
+    path = Path(path)
+    samples, found_rate = _decode(path)
+    frames, found_channels = samples.shape
+    got = ceil(frames * rate / found_rate)
+    slack = 0 if found_rate == rate else max(1, ceil(rate / found_rate))
+
+    problems = []
+    if found_rate != rate and not resample:
+        problems.append(f"sample rate {found_rate} Hz, expected {rate} Hz (data.resample=true converts it)")
+    if found_channels != channels and not (channels == 1 and down_mix):
+        hint = "data.down_mix=true averages them" if channels == 1 else f"data.channels={found_channels} accepts it"
+        problems.append(f"channels: {found_channels}, expected {channels} ({hint})")
+    expected = f"expected {wanted} ({seconds:g} s at {rate} Hz)"
+    if got < wanted - slack and not pad:
+        problems.append(f"too short: {got} samples, {expected} (data.pad=true adds zeros at the end)")
+    if got > wanted + slack and not crop:
+        problems.append(f"too long: {got} samples, {expected} (data.crop=true cuts the end)")
+    if problems:
+        raise DataError(f"{path}: {'; '.join(problems)}")
+
+    if found_channels != channels:
+        samples = samples.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+    if found_rate != rate:
+        samples = _resample(samples, found_rate, rate)
+    out = np.zeros((channels, wanted), dtype=np.float32)
+    kept = min(wanted, len(samples))
+    out[:, :kept] = samples[:kept].T
+    return torch.from_numpy(out)
+
+
+def audio_extensions() -> frozenset[str]:
+    """Return the file name endings of the containers that soundfile reads, lower case, with their dot.
+
+    Header-less files (``.raw``) are not among them: nothing in them tells their rate.
+
+    Raises:
+        KdlibError: soundfile is not installed.
+
+    Example:
+        >>> {".wav", ".flac", ".ogg"} <= audio_extensions(), ".raw" in audio_extensions()
+        (True, False)
+    """
+    formats = {f".{name.lower()}" for name in _soundfile().available_formats()}
+    return frozenset(formats | {".aif", ".aifc", ".oga", ".opus", ".snd"}) - {".raw"}
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: the package is there, libsndfile is not
+        raise KdlibError(f"reading audio needs soundfile: pip install 'kdlib-asc[asc]' ({error})") from error
+    return soundfile
+
+
+def _decode(path: Path) -> tuple[np.ndarray, int]:
+    """Return all samples (frames, channels) float32 and their rate, having refused what is damaged."""
+    soundfile = _soundfile()
+    if not path.is_file():
+        raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    blocks = []
+    try:
+        with soundfile.SoundFile(path) as file:
+            frames, rate = int(file.frames), int(file.samplerate)
+            # Block by block: a damaged header may promise more frames than there is memory.
+            while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+                blocks.append(block)
+        damage = _truncation(path)
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        raise DataError(f"{path}: not readable as audio: {error}") from error
+    read = sum(map(len, blocks))
+    if frames == 0:
+        raise DataError(f"{path}: zero frames: the file has a header and no samples")
+    if damage or read != frames:
+        raise DataError(f"{path}: truncated: {damage or f'the header states {frames} frames, {read} could be read'}")
+    samples = np.concatenate(blocks)
+    peak = float(np.abs(samples).max())  # NaN where any sample is
+    if not np.isfinite(peak):
+        nans, infs = int(np.isnan(samples).sum()), int(np.isinf(samples).sum())
+        raise DataError(f"{path}: {nans} samples are NaN and {infs} are Inf, expected finite samples")
+    if peak > LOUDEST:
+        raise DataError(f"{path}: samples of up to {peak:g}, expected at most {LOUDEST:g} (full scale is 1)")
+    return samples, rate
+
+
+def _resample(samples: np.ndarray, found: int, wanted: int) -> np.ndarray:
+    try:
+        from scipy.signal import resample_poly
+    except ImportError as error:
+        raise KdlibError("data.resample=true needs scipy: pip install 'kdlib-asc[asc]'") from error
+    common = gcd(found, wanted)
+    return np.asarray(resample_poly(samples.astype(np.float64), wanted // common, found // common), dtype=np.float32)
+
+
+def _truncation(path: Path) -> str | None:
+    """Say what the container lacks. libsndfile takes the length of these from what is there, without an error."""
+    with path.open("rb") as file:
+        head = file.read(12)
+        if head[:4] == b"OggS":
+            file.seek(-min(_OGG_TAIL, path.stat().st_size), 2)
+            return None if _ogg_ends(file.read()) else "its last Ogg page does not end the stream"
+        if head[8:] not in (b"WAVE", b"AIFF", b"AIFC"):
+            return None
+        order: Literal["little", "big"] = "big" if head[:4] in (b"RIFX", b"FORM") else "little"
+        long_size = None
+        while len(chunk := file.read(8)) == 8:
+            size, start = int.from_bytes(chunk[4:], order), file.tell()
+            if chunk[:4] == b"ds64":  # RF64: the true size of the data chunk, behind that of the file
+                long_size = int.from_bytes(file.read(16)[8:], order)
+            if chunk[:4] in (b"data", b"SSND"):
+                if size == 0xFFFFFFFF:  # RF64, or written to a pipe and then without a stated size
+                    size = long_size or 0
+                there = path.stat().st_size - start
+                return f"the header states {size} bytes of samples, the file has {there}" if size > there else None
+            file.seek(start + size + size % 2)
+    return None
+
+
+def _ogg_ends(tail: bytes) -> bool:
+    """Tell whether the last page is whole and carries the end-of-stream flag."""
+    pages = list(_OGG_PAGE.finditer(tail))
+    page = tail[pages[-1].start() :] if pages else b""
+    if len(page) < 27 or not page[5] & 4:
+        return False
+    body = 27 + page[26]
+    return len(page) >= body + sum(page[27:body])

@@ -1,0 +1,64 @@
+"""What both networks share: the width setting, the check of an input, and the end from pooled frames to taps."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
+
+from kdlib import BatchError, KdlibError
+
+EMBEDDING = 64
+"""Size of Dense1 (paper, Tables 2 and 3). No width changes it, so embeddings of any two networks compare."""
+
+SLOPE = 0.3
+"""Slope of every LeakyReLU: Keras' default, and the paper used Keras."""
+
+
+def scaled(channels: int, width: float) -> int:
+    """Return ``channels * width``, rounded, at least 4.
+
+    Raises:
+        KdlibError: the width is not above 0.
+
+    >>> scaled(30, 1.0), scaled(30, 0.25), scaled(30, 0.01)
+    (30, 8, 4)
+    """
+    if not width > 0:
+        raise KdlibError(f"width is a factor on the numbers of channels and must be above 0, got {width}.")
+    return max(4, round(channels * width))
+
+
+def check_input(network: str, x: Tensor, channels: int, *axes: str) -> None:
+    """Check that ``x`` is a batch with these channels and that no axis is empty.
+
+    Args:
+        network: who asks, for the message.
+        x: the input.
+        channels: what axis 1 must be.
+        axes: names of the axes after batch and channels.
+
+    Raises:
+        BatchError: another number of axes or channels, or an empty axis.
+    """
+    wanted = f"{network} takes (batch, {channels}, {', '.join(axes)})"
+    if x.ndim != 2 + len(axes):
+        raise BatchError(f"{wanted}; this input has {x.ndim} axes: {tuple(x.shape)}.")
+    if x.shape[1] != channels:
+        raise BatchError(f"{wanted}; this input has {x.shape[1]} channels: {tuple(x.shape)}.")
+    if 0 in x.shape:
+        raise BatchError(f"{wanted}; this input is empty: {tuple(x.shape)}.")
+
+
+def end(pooled: Tensor, dense1: nn.Module, output: nn.Module, *, activate: bool) -> dict[str, Tensor]:
+    """Return the taps of pooled frames: Dense1 (linear unless ``activate``), then Output.
+
+    Args:
+        pooled: one vector a clip, (B, D).
+        dense1: D -> 64.
+        output: 64 -> K.
+        activate: put a LeakyReLU(0.3) on the embedding.
+    """
+    embedding: Tensor = dense1(pooled)
+    if activate:
+        embedding = leaky_relu(embedding, SLOPE)
+    return {"logits": output(embedding), "embedding": embedding}

@@ -1,0 +1,145 @@
+"""The plainest layout: one folder a class, ``class/recording__anything.ext``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from kdlib import DataError
+from kdlib_asc.audio import audio_extensions, read_audio
+from kdlib_asc.datasets.clips import (
+    Channels,
+    Clip,
+    ClipStore,
+    Problems,
+    Rate,
+    SceneParts,
+    Seconds,
+    Share,
+    scene_parts,
+    split_groups,
+)
+
+
+def folder(
+    *,
+    root: Path,
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.25,
+    rate: Rate = 48000,
+    channels: Channels = 2,
+    seconds: Seconds = 10.0,
+    resample: bool = False,
+    down_mix: bool = False,
+    pad: bool = False,
+    crop: bool = False,
+    validation: Share = 0.0,
+    seed: int = 0,
+    keep_in_memory: bool = True,
+) -> SceneParts:
+    """Open a folder of class-named folders of clips and split it by recording.
+
+    The recording of ``bus/tuesday__03.wav`` is ``tuesday``; without ``__`` it is the name without its ending. Hidden
+    files, files that soundfile has no container for, and folders within a class are passed over. Clips are read when
+    they are asked for, not here.
+
+    Args:
+        root: the folder with one folder for each class.
+        test: share of each class's recordings in the test part, above 0 and below 1; at least one.
+        rate: sample rate in Hz, at least 1.
+        channels: channels of a clip, at least 1.
+        seconds: length of a clip, above 0.
+        resample: convert other sample rates.
+        down_mix: average several channels into one, where ``channels`` is 1.
+        pad: fill short clips with zeros at their end.
+        crop: cut long clips at their end.
+        validation: share of each class's recordings left for training to split off, 0 <= share < 1.
+        seed: the key of both splits.
+        keep_in_memory: keep decoded clips, up to 2 GiB in each process.
+
+    Raises:
+        DataError: there is no such folder; or, all in one report: fewer than two classes, a class without clips or
+            with fewer than two recordings, a class that the split leaves without a test clip.
+
+    Source:
+        Ours.
+
+    Example::
+
+        parts = folder(root=Path("my_sounds"), rate=16000, channels=1, seconds=2.0, pad=True, crop=True)
+    """
+    root = root.absolute()
+    if not root.is_dir():
+        raise DataError(f"data.root: {'not a folder' if root.exists() else 'no such folder'}: {root}")
+    problems = Problems()
+    clips = _find_clips(root, problems)
+    problems.check(root)
+    classes = tuple(sorted({clip.label for clip in clips}))
+    numbers = [classes.index(clip.label) for clip in clips]
+    out = split_groups(numbers, [clip.group for clip in clips], test, seed, purpose="test")
+    tested = {clip.label for clip, goes in zip(clips, out, strict=True) if goes}
+    for label in sorted(set(classes) - tested):
+        problems.add("class without a test clip", label, "its recordings are those of other classes; rename them")
+    problems.check(root)
+    read = partial(
+        read_audio,
+        rate=rate,
+        channels=channels,
+        seconds=seconds,
+        resample=resample,
+        down_mix=down_mix,
+        pad=pad,
+        crop=crop,
+    )
+    return scene_parts(
+        [clip for clip, goes in zip(clips, out, strict=True) if not goes],
+        [clip for clip, goes in zip(clips, out, strict=True) if goes],
+        classes=classes,
+        store=ClipStore(root, read, keep=keep_in_memory),
+        validation=validation,
+        seed=seed,
+        rate=rate,
+        channels=channels,
+    )
+
+
+def recording(stem: str) -> str:
+    """Return the recording of a clip from its file name without ending.
+
+    Example:
+        >>> recording("tuesday__03"), recording("tuesday"), recording("__03")
+        ('tuesday', 'tuesday', '__03')
+    """
+    return stem.partition("__")[0] or stem
+
+
+def _find_clips(root: Path, problems: Problems) -> list[Clip]:
+    endings = audio_extensions()
+    clips: list[Clip] = []
+    classes = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    if len(classes) < 2:
+        found = ", ".join(path.name for path in classes) or "none"
+        problems.add("fewer than two class folders", str(root), f"found {found}")
+    for path in classes:
+        visible = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+        mine = [
+            Clip(f"{path.name}/{file.name}", path.name, recording(file.stem))
+            for file in visible
+            if file.suffix.lower() in endings
+        ]
+        names = sorted({clip.group for clip in mine})
+        if not mine:
+            other = ", ".join(sorted({file.suffix or file.name for file in visible})) or "no files"
+            problems.add(
+                "class without clips", path.name, f"found {other}; expected one of {', '.join(sorted(endings))}"
+            )
+        elif len(names) < 2:
+            problems.add(
+                "class with fewer than two recordings",
+                path.name,
+                f"{len(mine)} clips of {names[0]!r}; one part needs another",
+            )
+        clips += mine
+    return clips
