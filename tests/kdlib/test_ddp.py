@@ -1,0 +1,79 @@
+"""Taps and points under DistributedDataParallel, which wraps the distiller: two processes on this machine."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import kdlib
+from kdlib.points import HiddenCosine, Rkd
+
+POINTS = {
+    "logits alone": lambda: {"soft": kdlib.SoftLabels.hinton(4.0)},
+    "a hidden layer alone": lambda: {"hidden": HiddenCosine()},
+    "both, and hard labels": lambda: {"hidden": (0.5, HiddenCosine()), "hard": kdlib.HardLabels(), "rkd": Rkd()},
+}
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    return kdlib.Tapped(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), logits="", embedding="1")
+
+
+def distiller_of(points):
+    return kdlib.Distiller(network(0), kdlib.SameInput(kdlib.freeze(network(1))), **POINTS[points]())
+
+
+def batch_of(rank, step):
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return {"x": torch.randn(6, 4, generator=generator), "y": torch.randint(3, (6,), generator=generator)}
+
+
+def work(rank, port, points, queue):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        distiller = distiller_of(points)
+        unused = "hidden" in points and "both" not in points  # the output layer gets no gradient
+        wrapped = DistributedDataParallel(distiller, find_unused_parameters=unused)
+        optimizer = distiller.attach(torch.optim.SGD(distiller.parameters(), lr=0.1))
+        for step in range(5):
+            optimizer.zero_grad()
+            wrapped(batch_of(rank, step)).total.backward()
+            optimizer.step()
+        queue.put((rank, int(distiller.step), [parameter.detach().numpy() for parameter in distiller.parameters()]))
+    finally:
+        dist.destroy_process_group()
+
+
+def by_hand(points):
+    """The same training in one process: the mean of the two ranks' gradients."""
+    distiller = distiller_of(points)
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    for step in range(5):
+        optimizer.zero_grad()
+        for rank in range(2):
+            (distiller(batch_of(rank, step)).total / 2).backward()
+        optimizer.step()
+    return [parameter.detach() for parameter in distiller.parameters()]
+
+
+@pytest.mark.parametrize("points", POINTS)
+def test_ddp_around_the_distiller_equals_the_mean_of_the_ranks_gradients(points):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    mp.spawn(work, args=(port, points, queue), nprocs=2)
+    found = sorted((queue.get() for _ in range(2)), key=lambda one: one[0])
+    assert [one[1] for one in found] == [5, 5]
+    for mine, other, wanted in zip(found[0][2], found[1][2], by_hand(points), strict=True):
+        assert (mine == other).all()
+        torch.testing.assert_close(torch.from_numpy(mine), wanted, rtol=1e-6, atol=1e-7)

@@ -1,0 +1,163 @@
+"""Folders of class-named folders, split by recording."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from kdlib import DataError
+from kdlib.interfaces import DataPart
+from kdlib_asc.datasets import SceneParts, folder
+
+FORM: dict[str, Any] = {"rate": 8000, "channels": 1, "seconds": 0.01}
+
+
+def clip(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.full(80, 0.25), 8000)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes, four recordings of two clips each."""
+    for name in ("bus", "park"):
+        for recording in ("mon", "tue", "wed", "thu"):
+            for take in (1, 2):
+                clip(tmp_path / name / f"{name}_{recording}__{take}.wav")
+    return tmp_path
+
+
+def load(root: Path, **settings: Any) -> SceneParts:
+    return folder(root=root, **{**FORM, **settings})
+
+
+def refusal(root: Path, **settings: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        load(root, **settings)
+    return str(caught.value)
+
+
+def test_recordings_are_whole_in_one_part_and_classes_in_both(root: Path) -> None:
+    parts = load(root, test=0.25)
+    assert parts.classes == ("bus", "park")
+    assert parts.valid is None
+    assert set(parts.train.groups).isdisjoint(parts.test.groups)
+    assert np.bincount(parts.test.labels).tolist() == [2, 2]
+    assert np.bincount(parts.train.labels).tolist() == [6, 6]
+    assert isinstance(parts.test, DataPart)
+
+
+@pytest.mark.parametrize(("test", "clips"), [(0.01, 2), (0.5, 4), (0.99, 6)])
+def test_share_of_the_recordings_leaves_one_in_either_part(root: Path, test: float, clips: int) -> None:
+    assert np.bincount(load(root, test=test).test.labels).tolist() == [clips, clips]
+
+
+def test_ids_are_relative_with_forward_slashes_and_read(root: Path) -> None:
+    parts = load(root)
+    assert "bus/bus_mon__1.wav" in {*parts.train.ids, *parts.test.ids}
+    item = parts.train[3, 0]
+    assert item["x"].shape == (1, 80)
+    assert (item["index"], item["epoch"]) == (0, 3)
+
+
+def test_validation_is_split_off_the_training_part(root: Path) -> None:
+    parts = load(root, validation=0.3)
+    assert parts.valid is not None
+    groups = [set(part.groups) for part in (parts.train, parts.valid, parts.test)]
+    assert [len(group) for group in groups] == [4, 2, 2]
+    assert len(set.union(*groups)) == 8
+
+
+def test_test_part_is_a_function_of_the_seed_and_untouched_by_validation(root: Path) -> None:
+    chosen = [tuple(load(root, seed=seed, validation=0.3 * (seed % 2)).test.ids) for seed in range(6)]
+    assert chosen == [tuple(load(root, seed=seed).test.ids) for seed in range(6)]
+    assert len(set(chosen)) > 1
+
+
+def test_name_without_two_underscores_is_a_recording_of_its_own(tmp_path: Path) -> None:
+    for name in ("bus/a.wav", "bus/b_1.flac", "park/c.wav", "park/d.wav"):
+        clip(tmp_path / name)
+    parts = load(tmp_path, test=0.5)
+    assert {*parts.train.groups, *parts.test.groups} == {"a", "b_1", "c", "d"}
+
+
+def test_same_stem_in_two_containers_is_one_recording(tmp_path: Path) -> None:
+    for name in ("bus/a.wav", "bus/a.flac", "bus/b.wav", "park/c.wav", "park/d.wav"):
+        clip(tmp_path / name)
+    parts = load(tmp_path, test=0.5)
+    assert set(parts.train.groups).isdisjoint(parts.test.groups)
+
+
+def test_only_what_follows_the_first_two_underscores_is_dropped(tmp_path: Path) -> None:
+    for name in ("bus/a__1__x.wav", "bus/a__2.wav", "bus/__odd.wav", "park/c.wav", "park/d.wav"):
+        clip(tmp_path / name)
+    parts = load(tmp_path, test=0.5)
+    assert {*parts.train.groups, *parts.test.groups} == {"a", "__odd", "c", "d"}
+
+
+def test_hidden_files_other_files_and_nested_folders_are_passed_over(root: Path) -> None:
+    clip(root / ".git/x.wav")
+    clip(root / "bus/.hidden__1.wav")
+    clip(root / "bus/old/kept__1.wav")
+    (root / "bus/notes.txt").write_text("no audio")
+    (root / "bus/desktop.ini").write_text("no audio")
+    (root / "loose.wav").write_bytes(b"")
+    parts = load(root)
+    assert parts.classes == ("bus", "park")
+    assert len(parts.train) + len(parts.test) == 16
+
+
+def test_ending_in_capitals_is_audio(root: Path) -> None:
+    clip(root / "bus/fri__1.wav")
+    (root / "bus/fri__1.wav").rename(root / "bus/fri__1.WAV")
+    parts = load(root)
+    assert len(parts.train) + len(parts.test) == 17
+
+
+def test_all_problems_come_in_one_report(root: Path) -> None:
+    clip(root / "tram/only__1.wav")
+    clip(root / "tram/only__2.wav")
+    (root / "metro").mkdir()
+    (root / "metro/notes.txt").touch()
+    message = refusal(root)
+    assert "2 problems" in message
+    assert "class with fewer than two recordings (1):\n     tram: 2 clips of 'only'" in message
+    assert "class without clips (1):\n     metro: found .txt" in message
+    assert ".flac" in message
+
+
+def test_one_class_folder_is_no_data_set(tmp_path: Path) -> None:
+    for name in ("bus/a.wav", "bus/b.wav"):
+        clip(tmp_path / name)
+    assert "fewer than two class folders" in refusal(tmp_path)
+    assert "found bus" in refusal(tmp_path)
+
+
+def test_recordings_that_hold_several_classes_go_whole_to_one_part(tmp_path: Path) -> None:
+    for name in ("bus", "park"):
+        for number in range(6):
+            clip(tmp_path / name / f"{number}.wav")
+    parts = load(tmp_path, test=0.3)
+    assert set(parts.train.groups).isdisjoint(parts.test.groups)
+    assert len(parts.test) == 4
+
+
+def test_recordings_so_entangled_that_a_class_cannot_be_tested(tmp_path: Path) -> None:
+    for name in ("bus/1.wav", "bus/2.wav", "park/2.wav", "park/3.wav", "tram/1.wav", "tram/3.wav"):
+        clip(tmp_path / name)
+    assert "class without a test clip (1):" in refusal(tmp_path, test=0.5)
+
+
+def test_missing_root(tmp_path: Path) -> None:
+    assert "data.root: no such folder" in refusal(tmp_path / "gone")
+
+
+def test_clip_of_another_form_is_refused_on_reading(root: Path) -> None:
+    parts = load(root, rate=16000)
+    with pytest.raises(DataError, match=r"\.wav: sample rate 8000 Hz, expected 16000 Hz \(data\.resample=true"):
+        parts.train[0, 0]
+    assert load(root, rate=16000, resample=True).train[0, 0]["x"].shape == (1, 160)
