@@ -1,5 +1,6 @@
 """Taps and points under DistributedDataParallel, which wraps the distiller: two processes on this machine."""
 
+import gc
 import os
 import socket
 
@@ -39,17 +40,24 @@ def work(rank, port, points, queue):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        distiller = distiller_of(points)
-        unused = "hidden" in points and "both" not in points  # the output layer gets no gradient
-        wrapped = DistributedDataParallel(distiller, find_unused_parameters=unused)
-        optimizer = distiller.attach(torch.optim.SGD(distiller.parameters(), lr=0.1))
-        for step in range(5):
-            optimizer.zero_grad()
-            wrapped(batch_of(rank, step)).total.backward()
-            optimizer.step()
-        queue.put((rank, int(distiller.step), [parameter.detach().numpy() for parameter in distiller.parameters()]))
+        queue.put((rank, *trained(rank, points)))
     finally:
+        # The wrapper is part of a reference cycle. One that lives on to the end of the interpreter holds gloo's
+        # threads, and torch then aborts the process every few runs.
+        gc.collect()
         dist.destroy_process_group()
+
+
+def trained(rank, points):
+    distiller = distiller_of(points)
+    unused = "hidden" in points and "both" not in points  # the output layer gets no gradient
+    wrapped = DistributedDataParallel(distiller, find_unused_parameters=unused)
+    optimizer = distiller.attach(torch.optim.SGD(distiller.parameters(), lr=0.1))
+    for step in range(5):
+        optimizer.zero_grad()
+        wrapped(batch_of(rank, step)).total.backward()
+        optimizer.step()
+    return int(distiller.step), [parameter.detach().numpy() for parameter in distiller.parameters()]
 
 
 def by_hand(points):
