@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.building import facts_of, make_features, make_model, make_points, make_source, named
+from kdlib.building import facts_of, load_weights, make_features, make_model, make_points, make_source, named
 from kdlib.data import CLEAN, Loader
 from kdlib.distiller import Distiller
 from kdlib.featured import Featured
@@ -24,7 +24,7 @@ LOOKED_AT = 64
 
 
 def check(recipe: Recipe) -> Iterator[tuple[str, Report]]:
-    """Yield a title and a report for each system, with networks as they are before training."""
+    """Yield a title and a report for each system, with networks as they are before training, or a teacher's weights."""
     parts = next(iter(make_data(recipe).values()))
     facts = facts_of(parts)
     few = _Few(parts.train)
@@ -45,7 +45,10 @@ def _built(name: str, system: System, few: _Few, parts: DataParts, facts: Mappin
         points = make_points(system, None, student, train) or {"hard": HardLabels()}
         distiller = Distiller(student, **points)
     else:
-        teacher = freeze(make_model(system.teacher.model, facts, system.teacher.train.seed, name, "teacher"))
+        trained = make_model(system.teacher.model, facts, system.teacher.train.seed, name, "teacher")
+        if system.weights is not None:
+            load_weights(trained, system.weights, parts.classes)
+        teacher = freeze(trained)
         source = make_source(system, teacher, student, train)
         distiller = Distiller(student, source, **make_points(system, teacher, student, train))
         train = source.dataset(train) if hasattr(source, "dataset") else train

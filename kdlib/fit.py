@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from kdlib.data import CLEAN, Loader, as_part, to_device
 from kdlib.distiller import Distiller, Losses
 from kdlib.errors import TrainingError, did_you_mean
-from kdlib.interfaces import Batch
+from kdlib.files import write_json
+from kdlib.interfaces import Batch, SoftLabelSource
 from kdlib.keyed import default_generators_keyed
 from kdlib.log import Callback, Event, csv_log, jsonl_log, progress_bar
+from kdlib.worth import Hits, described, hits
 
+JUDGED = 200
+"""Rows of each part on which a teacher's accuracy is taken, rounded up to whole batches."""
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PRECISIONS = ("fp32", "bf16")
 SCHEDULES = ("constant", "one_cycle", "cosine")
@@ -41,6 +46,9 @@ class History:
     validation part the same with ``valid_`` before the name."""
     best: int = -1
     """The epoch whose weights were kept."""
+    teacher: dict[str, Hits] = field(default_factory=dict)
+    """How often the teacher is right before the first step, (right, rows): of ``training`` and ``validation``,
+    ``through the source`` and ``on the student's input alone``. Empty without a source."""
 
     @property
     def steps(self) -> int:
@@ -74,7 +82,9 @@ def fit(
 ) -> History:
     """Train a distiller's student (and projectors) and return the history.
 
-    Before the first step the distiller is prepared and checked on one batch (:meth:`kdlib.Distiller.check`).
+    Before the first step the distiller is prepared and checked on one batch (:meth:`kdlib.Distiller.check`), and the
+    teacher's accuracy is taken on some rows of both parts, without augmentation: a teacher that is always right on the
+    training part has little to say there that the labels do not.
 
     The run is a function of the seed: the order of the rows, augmentation and dropout are keyed by (seed, epoch,
     index) and (seed, step), so the number of workers changes nothing, and the caller's random state is left alone.
@@ -100,7 +110,7 @@ def fit(
         accumulate: batches an optimizer step. Batch norm still sees single batches.
         workers: loader processes.
         threads: torch's threads for the time of the training.
-        folder: where ``metrics.csv`` (epochs) and ``metrics.jsonl`` (steps) go.
+        folder: where ``metrics.csv`` (epochs), ``metrics.jsonl`` (steps) and ``teacher.json`` (its accuracy) go.
         callbacks: functions of an :class:`kdlib.Event`.
         progress: show a bar on the terminal; a string is its title.
 
@@ -157,6 +167,13 @@ def fit(
         tell = _listeners(stack, callbacks, progress, steps, folder)
 
         history = History()
+        if source is not None:
+            parts = {"training": loader.dataset}
+            if valid_loader is not None:
+                parts["validation"] = valid_loader.dataset
+            with default_generators_keyed(place.device, seed, "step", "teacher"):
+                history.teacher = _teacher_accuracy(source, parts, batch, place, seed, bool(progress))
+            _report_teacher(history.teacher, folder, bool(progress))
         chosen = _Choice(keep=valid is not None and select != "last", patience=patience)
         step = 0
         for epoch in range(epochs):
@@ -273,6 +290,39 @@ def _validate(
             _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {clock[1]}")
             means.add(losses, _rows(batch))
     return {f"valid_{name}": value for name, value in means.result().items()}
+
+
+def _teacher_accuracy(
+    source: SoftLabelSource, parts: Mapping[str, Any], batch: int, place: _Place, seed: int, progress: bool
+) -> dict[str, Hits]:
+    """Return how often the teacher is right on some rows of each part, without augmentation."""
+    from rich.progress import track
+
+    found = {}
+    count = -(-JUDGED // batch)
+    for name, part in parts.items():
+        batches = itertools.islice(Loader(part, batch=batch, seed=seed, keyed=True).epoch(CLEAN), count)
+        total: Counter[str] = Counter()
+        rows: Counter[str] = Counter()
+        for one in track(batches, f"teacher on {name}", total=count, transient=True, disable=not progress):
+            moved = place.batch(one)
+            with place.autocast():
+                of_batch = hits(source, source(moved), moved)
+            total.update({key: right for key, (right, _) in of_batch.items()})
+            rows.update({key: seen for key, (_, seen) in of_batch.items()})
+        if rows:
+            found[name] = {key: (total[key], rows[key]) for key in rows}
+    return found
+
+
+def _report_teacher(found: Mapping[str, Hits], folder: Path | str | None, progress: bool) -> None:
+    """Show how often the teacher is right, and keep it beside the logs."""
+    from rich import get_console
+
+    if folder is not None:
+        write_json(Path(folder) / "teacher.json", found)
+    for name, right in found.items() if progress else ():
+        get_console().print(f"teacher on {name}: {described(right)}", highlight=False, soft_wrap=True)
 
 
 def _listeners(

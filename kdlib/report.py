@@ -15,6 +15,7 @@ from kdlib.errors import KdlibError
 from kdlib.interfaces import Batch, DistillPoint, SoftLabelSource, Taps
 from kdlib.schedules import Value, value_in
 from kdlib.taps import checked_taps, teachers_in
+from kdlib.worth import described, hits
 
 Mark = Literal["ok", "note", "wrong"]
 
@@ -66,8 +67,9 @@ def inspect(
     _check_taps(student_taps, teacher_taps, report)
     _check_points(student, points, student_taps, teacher_taps, batch, report)
     _check_optimizers(student, projectors, optimizers, report)
-    if "logits" in teacher_taps and "y" in batch:
-        _check_accuracy(teacher_taps["logits"], batch["y"], report)
+    right = hits(source, teacher_taps, batch)
+    if right:
+        report.add("ok", "teacher accuracy", f"{described(right)}, in this batch")
     return report
 
 
@@ -164,13 +166,6 @@ def _check_optimizers(
             report.add(mark, f"{side} parameters", f"{len(missing)} not in the optimizer: {', '.join(missing[:4])}")
         elif wanted:
             report.add("ok", f"{side} parameters", f"all {len(wanted)} in the optimizer")
-
-
-def _check_accuracy(logits: Tensor, labels: Tensor, report: Report) -> None:
-    if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
-        return
-    right = int((logits.argmax(-1) == labels.to(logits.device)).sum())
-    report.add("ok", "teacher accuracy", f"{right} of {labels.numel()} in this batch")
 
 
 def _in_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:
