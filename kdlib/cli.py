@@ -80,6 +80,36 @@ def check_command(recipe: RecipeName, changes: Changes = None, plugins: Modules 
         raise KdlibError("Something is wrong; see the lines above.")
 
 
+@app.command("predict")
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    files: Annotated[list[Path], typer.Argument(help="Files to classify, of any length.")],
+    fold: Annotated[str | None, typer.Option(help="Of which fold. Default: the only one.")] = None,
+    system: Annotated[str | None, typer.Option(help="Of which system. Default: the fusion, or the only one.")] = None,
+    changes: Changes = None,
+    plugins: Modules = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All scores, one line a file, for programs.")] = False,
+) -> None:
+    """Classify files with the students of a finished run: class and highest scores of each."""
+    from rich.progress import track
+
+    from kdlib.predict import predict
+
+    _register(plugins)
+    bad = []
+    found = predict(run, files, fold=fold, system=system, changes=changes)
+    for file, scores in track(found, "files", total=len(files), transient=True, console=errors):
+        if isinstance(scores, KdlibError):
+            bad.append(str(scores))
+        elif as_json:
+            typer.echo(json.dumps({"file": str(file), "class": next(iter(scores)), "scores": scores}))
+        else:
+            best = ", ".join(f"{name} {value:.3g}" for name, value in list(scores.items())[:3])
+            _print(f"{file}: {next(iter(scores))}  ({best}{', ...' if len(scores) > 3 else ''})")
+    if bad:
+        raise KdlibError("\n".join(bad))
+
+
 @app.command("plugins")
 def plugins_command(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False, plugins: Modules = None

@@ -86,7 +86,11 @@ class DataPart(Protocol):
 
 
 class DataParts(Protocol):
-    """A data set split for one training: ``valid`` is None where nothing was split off."""
+    """A data set split for one training: ``valid`` is None where nothing was split off.
+
+    Its builder may have an attribute ``windows``, a function of (path, settings) that reads one file as the items'
+    ``x`` before features, (windows, ...): then ``kdlib predict`` takes files of that kind.
+    """
 
     @property
     def train(self) -> DataPart:

@@ -84,6 +84,7 @@ def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], 
         "classes": list(classes),
         "folds": list(folds),
         "facts": facts_of(next(iter(folds.values()))),
+        "spreads": _spreads(collected),
         "seconds": {"wall": time.perf_counter() - started, "cpu": time.process_time() - cpu},
         "environment": _environment(),
     }
@@ -156,6 +157,16 @@ def _pooled(of: list[tuple[str, DataPart, Scores]], classes: tuple[str, ...]) ->
         labels.append(test.labels)
         predicted.append(numbers[values.argmax(axis=1)])
     return Pooled(ids, folds, np.concatenate(labels), np.concatenate(predicted))
+
+
+def _spreads(collected: Mapping[tuple[str, str], list[tuple[str, DataPart, Scores]]]) -> dict[str, Any]:
+    """Return mean and standard deviation of each network's training scores, for a fusion by z-norm later on."""
+    spreads: dict[str, Any] = {}
+    for (system, role), of in collected.items():
+        for fold, _, scores in of:
+            if system != FUSED:
+                spreads.setdefault(fold, {}).setdefault(system, {})[role] = list(scores.spread)
+    return spreads
 
 
 def _row(system: str, role: str, pooled: Pooled, classes: int) -> dict[str, Any]:

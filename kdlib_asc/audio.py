@@ -69,12 +69,7 @@ def read_audio(
     got = ceil(frames * rate / found_rate)
     slack = 0 if found_rate == rate else max(1, ceil(rate / found_rate))
 
-    problems = []
-    if found_rate != rate and not resample:
-        problems.append(f"sample rate {found_rate} Hz, expected {rate} Hz (data.resample=true converts it)")
-    if found_channels != channels and not (channels == 1 and down_mix):
-        hint = "data.down_mix=true averages them" if channels == 1 else f"data.channels={found_channels} accepts it"
-        problems.append(f"channels: {found_channels}, expected {channels} ({hint})")
+    problems = _unlike(found_rate, found_channels, rate, channels, resample=resample, down_mix=down_mix)
     expected = f"expected {wanted} ({seconds:g} s at {rate} Hz)"
     if got < wanted - slack and not pad:
         problems.append(f"too short: {got} samples, {expected} (data.pad=true adds zeros at the end)")
@@ -83,14 +78,46 @@ def read_audio(
     if problems:
         raise DataError(f"{path}: {'; '.join(problems)}")
 
-    if found_channels != channels:
-        samples = samples.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
-    if found_rate != rate:
-        samples = _resample(samples, found_rate, rate)
+    samples = _converted(samples, found_rate, rate, channels)
     out = np.zeros((channels, wanted), dtype=np.float32)
     kept = min(wanted, len(samples))
     out[:, :kept] = samples[:kept].T
     return torch.from_numpy(out)
+
+
+def read_windows(
+    path: str | Path, *, rate: int, channels: int, seconds: float, resample: bool = False, down_mix: bool = False
+) -> Tensor:
+    """Read a file of any length as windows of ``seconds`` that cover it, (windows, channels, samples) float32.
+
+    There are as few windows as cover the file; they begin evenly spaced, the first with the file, and the last ends
+    with it, so that neighbours overlap rather than leave a gap. A file shorter than one window is filled with zeros at
+    its end.
+
+    Args:
+        path: a file in any container that soundfile reads.
+        rate: wanted sample rate in Hz, at least 1.
+        channels: wanted number of channels, at least 1.
+        seconds: length of a window, above 0.
+        resample: convert another sample rate.
+        down_mix: average several channels into one, where ``channels`` is 1.
+
+    Raises:
+        DataError: as :func:`read_audio`, except for the length.
+
+    Source:
+        Ours: every clip of the paper has one length.
+    """
+    wanted = max(1, round(seconds * rate))
+    samples, found_rate = _decode(Path(path))
+    problems = _unlike(found_rate, samples.shape[1], rate, channels, resample=resample, down_mix=down_mix)
+    if problems:
+        raise DataError(f"{path}: {'; '.join(problems)}")
+    samples = _converted(samples, found_rate, rate, channels)
+    missing = max(0, wanted - len(samples))
+    whole = np.pad(samples, ((0, missing), (0, 0)))
+    starts = np.linspace(0, len(whole) - wanted, ceil(len(whole) / wanted)).round().astype(int)
+    return torch.from_numpy(np.stack([np.ascontiguousarray(whole[at : at + wanted].T) for at in starts]))
 
 
 def audio_extensions() -> frozenset[str]:
@@ -145,6 +172,26 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
     if peak > LOUDEST:
         raise DataError(f"{path}: samples of up to {peak:g}, expected at most {LOUDEST:g} (full scale is 1)")
     return samples, rate
+
+
+def _unlike(
+    found_rate: int, found_channels: int, rate: int, channels: int, *, resample: bool, down_mix: bool
+) -> list[str]:
+    """Say where a file's form is not the wanted one and no setting allows it."""
+    problems = []
+    if found_rate != rate and not resample:
+        problems.append(f"sample rate {found_rate} Hz, expected {rate} Hz (data.resample=true converts it)")
+    if found_channels != channels and not (channels == 1 and down_mix):
+        hint = "data.down_mix=true averages them" if channels == 1 else f"data.channels={found_channels} accepts it"
+        problems.append(f"channels: {found_channels}, expected {channels} ({hint})")
+    return problems
+
+
+def _converted(samples: np.ndarray, found_rate: int, rate: int, channels: int) -> np.ndarray:
+    """Return samples (frames, channels) with the wanted number of channels at the wanted rate."""
+    if samples.shape[1] != channels:
+        samples = samples.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+    return samples if found_rate == rate else _resample(samples, found_rate, rate)
 
 
 def _resample(samples: np.ndarray, found: int, wanted: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdlib import DataError, keyed
+from kdlib_asc.audio import read_windows
 
 Rate = Annotated[int, Field(ge=1)]
 Channels = Annotated[int, Field(ge=1)]
@@ -22,6 +23,24 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 SHOWN = 20
 """How many problems of a kind a report spells out; the others are counted."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def of_clips(build: F) -> F:
+    """Mark the builder of a data set of clips: ``build.windows(path, settings)`` reads any one file in its form.
+
+    That is what ``kdlib predict`` asks for; see :class:`kdlib.interfaces.DataParts`.
+    """
+    marked: Any = build
+    marked.windows = _windows
+    return build
+
+
+def _windows(path: Path, settings: Any) -> Tensor:
+    names = ("rate", "channels", "seconds", "resample", "down_mix")
+    return read_windows(path, **{name: getattr(settings, name) for name in names if hasattr(settings, name)})
 
 
 class Clip(NamedTuple):

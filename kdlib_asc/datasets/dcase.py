@@ -22,6 +22,7 @@ from kdlib_asc.datasets.clips import (
     SceneParts,
     Seconds,
     Share,
+    of_clips,
     scene_parts,
 )
 
@@ -33,6 +34,7 @@ _FOLD_FILE = re.compile(r"fold(\d+)_(train|test|evaluate)\.(txt|csv)")
 FoldFiles = dict[int, dict[str, Path]]
 
 
+@of_clips
 def dcase(
     *,
     root: Path,

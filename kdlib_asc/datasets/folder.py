@@ -19,11 +19,13 @@ from kdlib_asc.datasets.clips import (
     SceneParts,
     Seconds,
     Share,
+    of_clips,
     scene_parts,
     split_groups,
 )
 
 
+@of_clips
 def folder(
     *,
     root: Path,

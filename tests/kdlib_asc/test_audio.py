@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 from kdlib import DataError, KdlibError
-from kdlib_asc.audio import audio_extensions, read_audio
+from kdlib_asc.audio import audio_extensions, read_audio, read_windows
 
 RATE = 8000
 
@@ -297,3 +297,34 @@ def test_importing_the_readers_and_the_scorer_imports_no_audio_and_no_svm_librar
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# windows
+
+
+def windows(path: Path, **settings: Any) -> torch.Tensor:
+    return read_windows(path, **{"rate": RATE, "channels": 1, "seconds": 0.5, **settings})
+
+
+@pytest.mark.parametrize(("frames", "starts"), [(4000, [0]), (8000, [0, 4000]), (9000, [0, 2500, 5000])])
+def test_windows_cover_a_file_from_its_first_to_its_last_sample(tmp_path: Path, frames: int, starts: list[int]) -> None:
+    samples = noise(frames)
+    found = windows(write(tmp_path / "a.wav", samples, subtype="FLOAT"))
+    assert found.shape == (len(starts), 1, 4000)
+    for window, start in zip(found, starts, strict=True):
+        np.testing.assert_array_equal(window[0].numpy(), samples[start : start + 4000, 0])
+
+
+def test_a_file_shorter_than_a_window_ends_in_zeros(tmp_path: Path) -> None:
+    samples = noise(10)
+    found = windows(write(tmp_path / "a.wav", samples, subtype="FLOAT"))
+    np.testing.assert_array_equal(found[0, 0, :10].numpy(), samples[:, 0])
+    assert not found[0, 0, 10:].any()
+
+
+def test_windows_of_another_form_are_refused_or_converted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", noise(16000, channels=2), 2 * RATE)
+    with pytest.raises(DataError, match=r"a\.wav: sample rate 16000 Hz.*channels: 2, expected 1"):
+        windows(path)
+    found = windows(path, resample=True, down_mix=True, seconds=1.0)
+    np.testing.assert_array_equal(found[0], read(path, resample=True, down_mix=True, seconds=1.0))
