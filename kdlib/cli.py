@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -50,12 +51,20 @@ def run_command(
     plugins: Modules = None,
     out: Annotated[Path | None, typer.Option(help="The folder to make. Default: runs/NAME/TIME-DIGEST.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost on this machine.")] = False,
 ) -> None:
     """Run a recipe: train, distil, score, and show the rows."""
     from kdlib.recipe import read
     from kdlib.run import run
 
     _register(plugins)
+    if dry:
+        from kdlib.estimate import estimate
+
+        with console.status("trying each training for a few steps"):
+            cost = estimate(read(recipe, changes))
+        _show_cost(cost)
+        return
     say = (lambda _: None) if quiet else _print
     folder = run(read(recipe, changes), out, progress=not quiet, say=say)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -160,6 +169,35 @@ def recipes_command(
     for known, path in shipped().items():
         table.add_row(known, escape(text_of(path).partition("\n")[0].removeprefix("# ")))
     console.print(table)
+
+
+def _show_cost(cost: Any) -> None:
+    table = Table("system", "training", title="expected on this machine, roughly")
+    for column in ("steps", "s a step", "time", "memory"):
+        table.add_column(column, justify="right")
+    for one in cost.costs:
+        numbers = (str(one.steps), f"{one.step:.3g}", _time(one.seconds), _bytes(one.memory))
+        table.add_row(one.system, one.training, *numbers)
+    console.print(table)
+    folds = f"{cost.folds} folds, " if cost.folds > 1 else ""
+    _print(f"{folds}features and scoring {_time(cost.folds * cost.other)}: {_time(cost.seconds)} in all.")
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    _print(
+        f"Memory: {_bytes(cost.memory)} at most, of them {_bytes(cost.kept)} clips and features; this machine has "
+        f"{_bytes(there)}."
+    )
+    if cost.memory > there:
+        _print("That does not fit. Take a smaller train.batch, with train.accumulate to keep the updates.")
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
 
 
 def _print(text: str) -> None:

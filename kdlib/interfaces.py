@@ -60,7 +60,8 @@ class DistillPoint(Protocol):
 class DataPart(Protocol):
     """One part of a data set: items by ``(epoch, index)``, and what is known of each without loading it.
 
-    The epoch keys augmentation; an epoch of -1 asks for the item as it is, without any.
+    The epoch keys augmentation; an epoch of -1 asks for the item as it is, without any. A method is optional:
+    ``memory()`` tells the bytes that a part keeps at most, for estimates.
     """
 
     @property

@@ -219,6 +219,10 @@ class Clips:
             raise IndexError(f"index {index} of a part of {len(self)} clips")
         return {"x": self.store(self.ids[index]), "y": int(self.labels[index]), "index": index, "epoch": epoch}
 
+    def memory(self) -> int:
+        """Return the bytes of decoded clips that will be kept at most."""
+        return min(self.store.limit, len(self) * self[-1, 0]["x"].nbytes) if self.store.keep else 0
+
 
 @dataclass(frozen=True)
 class SceneParts:
