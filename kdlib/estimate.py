@@ -109,7 +109,7 @@ def _of_system(name: str, system: System, parts: DataParts) -> tuple[list[Cost],
     few = Few(parts.train)
     train, valid, test = len(parts.train), len(parts.valid or ()), len(parts.test)
     item, size = _item(system, parts)
-    fits = system.features is None or train * size <= MEMORY
+    fits = system.features is not None and train * size <= MEMORY
     with torch.random.fork_rng():
         distiller, batch = built(name, system, few, parts, facts_of(parts))
         forward = _forward(distiller.student, batch)
