@@ -10,16 +10,16 @@ from numpy.random import Generator
 
 SCENES: dict[str, dict[str, tuple[float, float]]] = {
     # ingredient: (usual level in dB, chance to be heard in a segment); the loudest comes first
-    "airport": {"babble": (0, 1.0), "ventilation": (-3, 1.0), "wheels": (-4, 0.6), "announcement": (-3, 0.4)},
-    "shopping_mall": {"babble": (0, 1.0), "ventilation": (-6, 0.8), "music": (-5, 0.6), "steps": (-6, 0.5)},
-    "metro_station": {"steps": (0, 1.0), "babble": (-3, 0.8), "rails": (-4, 0.5), "announcement": (-3, 0.4)},
-    "street_pedestrian": {"steps": (0, 1.0), "babble": (-3, 0.8), "traffic": (-5, 0.6), "music": (-6, 0.4)},
-    "metro": {"rails": (0, 1.0), "motor": (-4, 0.7), "ventilation": (-6, 0.7), "doors": (-4, 0.4)},
-    "tram": {"rails": (0, 1.0), "motor": (-4, 0.7), "traffic": (-6, 0.6), "bells": (-4, 0.5)},
-    "bus": {"engine": (0, 1.0), "traffic": (-4, 0.7), "babble": (-6, 0.6), "doors": (-4, 0.4)},
-    "street_traffic": {"engine": (0, 1.0), "traffic": (-1, 0.9), "steps": (-6, 0.4), "wind": (-5, 0.5)},
-    "park": {"birds": (0, 1.0), "wind": (-3, 0.9), "steps": (-6, 0.4), "water": (-6, 0.3)},
-    "public_square": {"birds": (0, 0.9), "water": (-4, 0.6), "babble": (-5, 0.6), "bells": (-5, 0.4)},
+    "airport": {"babble": (0, 1.0), "ventilation": (-4, 1.0), "wheels": (-1, 0.8), "announcement": (-1, 0.7)},
+    "shopping_mall": {"babble": (0, 1.0), "ventilation": (-7, 0.8), "music": (-2, 0.9), "steps": (-4, 0.7)},
+    "metro_station": {"steps": (0, 1.0), "babble": (-4, 0.8), "rails": (-1, 0.8), "announcement": (-1, 0.7)},
+    "street_pedestrian": {"steps": (0, 1.0), "babble": (-4, 0.8), "traffic": (-1, 0.9), "music": (-4, 0.6)},
+    "metro": {"rails": (0, 1.0), "motor": (-4, 0.8), "announcement": (-2, 0.6), "doors": (-1, 0.9)},
+    "tram": {"rails": (0, 1.0), "motor": (-4, 0.8), "traffic": (-2, 0.8), "bells": (-1, 0.9)},
+    "bus": {"engine": (0, 1.0), "traffic": (-6, 0.6), "babble": (-2, 0.9), "doors": (-1, 0.8)},
+    "street_traffic": {"engine": (0, 1.0), "traffic": (-1, 1.0), "steps": (-3, 0.7), "wind": (-3, 0.7)},
+    "park": {"birds": (0, 1.0), "wind": (-1, 0.9), "steps": (-4, 0.6), "water": (-6, 0.3)},
+    "public_square": {"birds": (0, 1.0), "water": (-2, 0.7), "babble": (-2, 0.9), "bells": (-1, 0.7)},
 }
 
 SHARING = frozenset(
@@ -102,8 +102,8 @@ def band(samples: int, rate: int, low: float, high: float) -> np.ndarray:
 
 def babble(take: Take) -> np.ndarray:
     """Several people talk at once, none of them understood."""
-    voices = take.place.integers(3, 7)
-    return take.filtered(sum(_voice(take, pitch) for pitch in take.moment.uniform(90, 240, voices)), 300, 1500)
+    pitches = take.moment.uniform(90, 240, take.place.integers(3, 7))
+    return take.filtered(np.sum([_voice(take, pitch) for pitch in pitches], axis=0), 300, 1500)
 
 
 def announcement(take: Take) -> np.ndarray:
@@ -123,7 +123,7 @@ def music(take: Take) -> np.ndarray:
     track, time = take.silence(), take.pulse(0.8)
     for moment in np.arange(-2 * beat, take.samples / take.rate, beat):
         pitch = root * 2 ** (take.moment.choice([0, 2, 4, 7, 9, 12, 14, 16]) / 12)
-        partials = sum(np.sin(2 * np.pi * pitch * n * time) / n for n in (1, 2, 3, 4))
+        partials = np.sum([np.sin(2 * np.pi * pitch * n * time) / n for n in (1, 2, 3, 4)], axis=0)
         take.put(track, moment, partials * np.exp(-4 * time))
     return unit(track)
 
@@ -157,7 +157,7 @@ def engine(take: Take) -> np.ndarray:
     """A combustion engine: harmonics of its firing rate, which follows the load."""
     firing = take.place.uniform(22, 50) * (1 + 0.15 * take.drift(0.5))
     phase = take.tone(firing)
-    body = sum(np.sin(2 * np.pi * n * phase + n * n) / n**0.7 for n in range(1, 9))
+    body = np.sum([np.sin(2 * np.pi * n * phase + n * n) / n**0.7 for n in range(1, 9)], axis=0)
     return unit(body) * (1 + 0.3 * take.drift(6)) + 0.5 * take.noise(80, 500)
 
 
@@ -187,7 +187,7 @@ def motor(take: Take) -> np.ndarray:
     """The whine of an electric drive, gliding with the speed."""
     start, glide = take.place.uniform(250, 700), take.moment.uniform(-0.35, 0.35)
     phase = take.tone(start * 2 ** (glide * np.linspace(-1, 1, take.samples)))
-    return unit(sum(np.sin(2 * np.pi * n * phase) / n for n in (1, 2, 3, 5)))
+    return unit(np.sum([np.sin(2 * np.pi * n * phase) / n for n in (1, 2, 3, 5)], axis=0))
 
 
 def doors(take: Take) -> np.ndarray:
@@ -196,7 +196,7 @@ def doors(take: Take) -> np.ndarray:
     start = take.moment.uniform(-0.5, 0.7 * take.samples / take.rate)
     pitch, gap = take.place.uniform(900, 1900), take.place.uniform(0.2, 0.3)
     for number in range(4):
-        take.put(track, start + gap * number, 3 * np.sin(2 * np.pi * pitch * time) * np.hanning(len(time)))
+        take.put(track, start + gap * number, 4 * np.sin(2 * np.pi * pitch * time) * np.hanning(len(time)))
     air = take.pulse(0.6)
     take.put(track, start + 4 * gap, 1.5 * take.moment.standard_normal(len(air)) * np.exp(-5 * air))
     return track
@@ -229,12 +229,11 @@ def bells(take: Take) -> np.ndarray:
     """A bell, struck a few times: partials that are no harmonics."""
     track, time = take.silence(), take.pulse(1.5)
     pitch, gap = take.place.uniform(500, 1300), take.place.uniform(0.3, 0.8)
-    struck = sum(
-        np.sin(2 * np.pi * pitch * ratio * time) * np.exp(-(2 + ratio) * time) for ratio in (0.5, 1.0, 1.19, 2.0, 2.74)
-    )
+    ratios = (0.5, 1.0, 1.19, 2.0, 2.74)
+    struck = np.sum([np.sin(2 * np.pi * pitch * n * time) * np.exp(-(2 + n) * time) for n in ratios], axis=0)
     start = take.moment.uniform(-0.5, 0.6 * take.samples / take.rate)
     for number in range(3):
-        take.put(track, start + gap * number, struck)
+        take.put(track, start + gap * number, 1.5 * struck)
     return track
 
 

@@ -17,17 +17,17 @@ from kdlib import CLEAN, DataError, KdlibError, keyed
 from kdlib_asc.datasets.clips import Clip, Clips, ClipStore, Rate, SceneParts, Seconds, Share, scene_parts, split_groups
 from kdlib_asc.datasets.ingredients import INGREDIENTS, SCENES, Take
 
-SPREAD = 4.0
+SPREAD = 2.0
 """Standard deviation of the level of an ingredient from place to place, in dB."""
-CHANGE = 3.0
+CHANGE = 2.0
 """The same from segment to segment of a place."""
-COLOUR = 6.0
+COLOUR = 4.0
 """Standard deviation of the colouration by a room, in dB, at each of ``KNOTS``."""
 KNOTS = (60.0, 200.0, 600.0, 1800.0, 5400.0, 16200.0)
 """Frequencies in Hz between which the colouration is interpolated."""
-BACKGROUND = (-12.0, 0.0)
+BACKGROUND = (-20.0, -8.0)
 """Range of the level of the noise that every place has, in dB."""
-LEVEL = (-50.0, -34.0)
+LEVEL = (-56.0, -42.0)
 """Range of the overall level of a place, in dB: DCASE's clips are as quiet."""
 PEAK = 0.9
 """A clip that would be louder is made quieter."""
@@ -39,7 +39,7 @@ class SyntheticScenes(SceneParts):
 
 def synthetic_scenes(
     *,
-    rate: Annotated[int, Field(ge=8000)] = 16000,
+    rate: Annotated[int, Field(ge=16000)] = 16000,
     channels: Literal[1, 2] = 2,
     seconds: Annotated[float, Field(ge=0.5)] = 3.0,
     places: Annotated[int, Field(ge=2)] = 20,
