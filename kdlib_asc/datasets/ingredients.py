@@ -168,7 +168,8 @@ def traffic(take: Take) -> np.ndarray:
     passing = take.silence()
     for moment in take.events(take.place.uniform(0.3, 0.9)):
         passing += np.exp(-(((time - moment) / take.moment.uniform(0.25, 0.7)) ** 2))
-    return 0.5 * far + 1.2 * near * passing
+    track: np.ndarray = 0.5 * far + 1.2 * near * passing
+    return track
 
 
 def rails(take: Take) -> np.ndarray:
@@ -180,7 +181,8 @@ def rails(take: Take) -> np.ndarray:
             take.put(track, moment + axle, take.moment.standard_normal(len(time)) * np.exp(-40 * time))
     beat = take.filtered(track, 120, 900) if track.any() else track
     squeal = np.sin(2 * np.pi * take.tone(take.place.uniform(1800, 3500) * (1 + 0.06 * take.drift(1.5))))
-    return take.noise(40, 200) + 0.8 * beat + 0.4 * squeal * np.clip(take.drift(0.8), 0, None)
+    ride: np.ndarray = take.noise(40, 200) + 0.8 * beat + 0.4 * squeal * np.clip(take.drift(0.8), 0, None)
+    return ride
 
 
 def motor(take: Take) -> np.ndarray:
@@ -240,7 +242,8 @@ def bells(take: Take) -> np.ndarray:
 def _voice(take: Take, pitch: float) -> np.ndarray:
     """Return one voice before the mouth: pulses that glide in pitch, syllable by syllable."""
     phase = take.tone(pitch * (1 + 0.2 * take.drift(3)))
-    return (2 * (phase % 1) - 1) * np.clip(take.drift(9), 0, None)
+    voice: np.ndarray = (2 * (phase % 1) - 1) * np.clip(take.drift(9), 0, None)
+    return voice
 
 
 INGREDIENTS: dict[str, Callable[[Take], np.ndarray]] = {
