@@ -111,8 +111,8 @@ def synthetic_scenes(
         DataError: ``validation`` is above 0 and a single place is left.
 
     Source:
-        Ours. Classes, form and the shared ingredients (babble in airport and shopping mall, rails in metro and tram)
-        follow Heo et al. (2019), sections 4.1 and 4.3. They are no recordings: results on them say nothing of any city.
+        Ours. That classes share a sound (babble in airport and shopping mall) follows Heo et al. (2019), section 1, the
+        classes section 4.1. They are no recordings: results on them say nothing of any city.
 
     Example:
         >>> parts = synthetic_scenes(places=2, segments=1, seconds=0.5)
