@@ -57,8 +57,9 @@ class Take:
 
     def drift(self, per_second: float) -> np.ndarray:
         """Return a curve that wanders between -1 and 1, with so many turns a second."""
-        knots = self.moment.uniform(-1, 1, 3 + int(per_second * self.samples / self.rate))
-        return np.interp(np.linspace(0, len(knots) - 1, self.samples), np.arange(len(knots)), knots)
+        turns = np.arange(self.samples) * (per_second / self.rate) + self.moment.random()
+        knots = self.moment.uniform(-1, 1, 2 + int(turns[-1]))
+        return np.interp(turns, np.arange(len(knots)), knots)
 
     def tone(self, frequency: np.ndarray | float) -> np.ndarray:
         """Return the phase of a tone in turns, from its frequency in Hz."""
@@ -121,7 +122,7 @@ def music(take: Take) -> np.ndarray:
     """Plucked notes of a pentatonic scale on a regular beat."""
     root, beat = take.place.uniform(110, 260), take.place.uniform(0.18, 0.35)
     track, time = take.silence(), take.pulse(0.8)
-    for moment in np.arange(-2 * beat, take.samples / take.rate, beat):
+    for moment in np.arange(-3 * beat + beat * take.moment.random(), take.samples / take.rate, beat):
         pitch = root * 2 ** (take.moment.choice([0, 2, 4, 7, 9, 12, 14, 16]) / 12)
         partials = np.sum([np.sin(2 * np.pi * pitch * n * time) / n for n in (1, 2, 3, 4)], axis=0)
         take.put(track, moment, partials * np.exp(-4 * time))
@@ -143,11 +144,10 @@ def wheels(take: Take) -> np.ndarray:
 
 def steps(take: Take) -> np.ndarray:
     """People walk by on hard ground."""
-    track = take.silence()
+    track, time = take.silence(), take.pulse(0.08)
     for pace in take.place.uniform(1.6, 2.3, take.place.integers(1, 4)):
         loud, tilt = take.moment.uniform(1.5, 4), take.moment.uniform(60, 140)
         for moment in take.events(pace):
-            time = take.pulse(0.08)
             thud = take.moment.standard_normal(len(time)) * np.exp(-tilt * time)
             take.put(track, moment, loud * thud)
     return take.filtered(track, 250, 2500) if track.any() else track
@@ -253,4 +253,4 @@ INGREDIENTS: dict[str, Callable[[Take], np.ndarray]] = {
         water, bells,
     )
 }  # fmt: skip
-"""By name. Steady ones have an rms of about 1, events peaks of about 3."""
+"""By name. Steady ones have an rms of about 1, events peaks of a few."""
