@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from math import ceil, gcd
 from pathlib import Path
-from typing import Any, Literal
+from statistics import median_low
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +22,26 @@ LOUDEST = 8.0
 _BLOCK = 1 << 18
 _OGG_PAGE = re.compile(rb"OggS\x00[\x00-\x07]")
 _OGG_TAIL = 1 << 17  # a page has at most 65307 bytes
+
+
+class Form(NamedTuple):
+    """What a clip is like beside its sound."""
+
+    rate: int
+    channels: int
+    frames: int
+
+
+class FormError(DataError):
+    """A sound file of another rate, number of channels or length than was wanted."""
+
+    def __init__(self, message: str, found: Form, wanted: Form) -> None:
+        super().__init__(message)
+        self.found = found
+        self.wanted = wanted
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it comes from a loader's process, too
+        return type(self), (str(self), self.found, self.wanted)
 
 
 def read_audio(
@@ -66,8 +89,7 @@ def read_audio(
     path = Path(path)
     samples, found_rate = _decode(path)
     frames, found_channels = samples.shape
-    got = ceil(frames * rate / found_rate)
-    slack = 0 if found_rate == rate else max(1, ceil(rate / found_rate))
+    got, slack = _length_at(rate, frames, found_rate)
 
     problems = []
     if found_rate != rate and not resample:
@@ -81,7 +103,8 @@ def read_audio(
     if got > wanted + slack and not crop:
         problems.append(f"too long: {got} samples, {expected} (data.crop=true cuts the end)")
     if problems:
-        raise DataError(f"{path}: {'; '.join(problems)}")
+        found = Form(found_rate, found_channels, frames)
+        raise FormError(f"{path}: {'; '.join(problems)}", found, Form(rate, channels, wanted))
 
     if found_channels != channels:
         samples = samples.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
@@ -91,6 +114,34 @@ def read_audio(
     kept = min(wanted, len(samples))
     out[:, :kept] = samples[:kept].T
     return torch.from_numpy(out)
+
+
+def fitting(forms: Sequence[Form]) -> dict[str, Any]:
+    """Return the settings under which clips of these forms can be read, with as little conversion as there can be.
+
+    The rate is the most common one, the channels are those of all or else 1, the length is the median.
+
+    Args:
+        forms: of at least one clip.
+
+    Example:
+        >>> fitting([Form(44100, 1, 220500), Form(44100, 1, 220500), Form(44100, 1, 160000)])
+        {'rate': 44100, 'channels': 1, 'seconds': 5.0, 'pad': True}
+    """
+    rates, channels = Counter(form.rate for form in forms), {form.channels for form in forms}
+    rate = rates.most_common(1)[0][0]
+    seconds = round(median_low(form.frames / form.rate for form in forms), 3) or 0.001
+    wanted = round(seconds * rate)
+    lengths = [_length_at(rate, form.frames, form.rate) for form in forms]
+    conversions = {
+        "resample": len(rates) > 1,
+        "down_mix": len(channels) > 1,
+        "pad": any(got < wanted - slack for got, slack in lengths),
+        "crop": any(got > wanted + slack for got, slack in lengths),
+    }
+    one = next(iter(channels)) if len(channels) == 1 else 1
+    settings = {"rate": rate, "channels": one, "seconds": seconds}
+    return settings | {name: True for name, needed in conversions.items() if needed}
 
 
 def audio_extensions() -> frozenset[str]:
@@ -121,7 +172,8 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
     """Return all samples (frames, channels) float32 and their rate, having refused what is damaged."""
     soundfile = _soundfile()
     if not path.is_file():
-        raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        absent = "a link that leads nowhere" if path.is_symlink() else "no such file"
+        raise DataError(f"{path}: {'not a file' if path.exists() else absent}")
     blocks = []
     try:
         with soundfile.SoundFile(path) as file:
@@ -145,6 +197,12 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
     if peak > LOUDEST:
         raise DataError(f"{path}: samples of up to {peak:g}, expected at most {LOUDEST:g} (full scale is 1)")
     return samples, rate
+
+
+def _length_at(rate: int, frames: int, found_rate: int) -> tuple[int, int]:
+    """Return how many samples a clip has at another rate, and by how many the conversion may miss."""
+    slack = 0 if found_rate == rate else max(1, ceil(rate / found_rate))
+    return ceil(frames * rate / found_rate), slack
 
 
 def _resample(samples: np.ndarray, found: int, wanted: int) -> np.ndarray:
