@@ -88,11 +88,10 @@ class DataPart(Protocol):
 class DataParts(Protocol):
     """A data set split for one training: ``valid`` is None where nothing was split off.
 
-    Optional: ``rate`` and ``channels`` are filled into the settings of models and features. ``skipped`` holds the id and
-    the reason of each item that was left out as bad, for the run's result. ``advice(errors, fine) -> settings`` looks at
-    what reading raised and at the number of items that could be read, and returns the settings under which all can be,
-    for ``kdlib data check``. ``write(folder)`` writes the data set into a folder that is not there yet, for
-    ``kdlib data make``.
+    Optional: ``rate`` and ``channels`` are filled into the settings of models and features. ``skipped`` holds the id
+    and the reason of each item that was left out as bad, for the run's result. ``advice(errors, fine)`` is told what
+    reading raised and how many items could be read, and returns the settings under which all can be, for
+    ``kdlib data check``. ``write(folder)`` writes the whole data set into a new folder, for ``kdlib data make``.
 
     A data-set plugin returns its parts, or a mapping from fold to parts. Of its settings ``root``, ``fold`` and
     ``keep_in_memory`` the command ``kdlib data check`` sets those that there are: the folder, ``"all"`` and false.

@@ -14,6 +14,7 @@ from kdlib.errors import DataError, KdlibError, printable
 from kdlib.interfaces import DataPart, DataParts
 from kdlib.reading import unreadable
 from kdlib.recipe import Part, read_data
+from kdlib.registry import registry
 from kdlib.run import open_data
 
 SHOWN = 5
@@ -51,10 +52,10 @@ class Survey:
             yield from (f"     {printable(name)}" for name in names[:SHOWN])
             if len(names) > SHOWN:
                 yield f"     and {len(names) - SHOWN} more"
+        yield from _holdings(self.folds)
         if self.advice:
             changes = " ".join(f"--set {name}={json.dumps(value)}" for name, value in self.advice.items())
             yield f"the settings that would read it: {changes}"
-        yield from _holdings(self.folds)
 
 
 def survey(kind: str, settings: Mapping[str, Any], changes: list[str] | None = None) -> Survey:
@@ -69,19 +70,15 @@ def survey(kind: str, settings: Mapping[str, Any], changes: list[str] | None = N
         RecipeError: a setting that there is not, or a bad value.
         PluginError: a kind that nobody registered.
     """
-    part = read_data(kind, settings, changes)
-    given = part.settings.model_fields_set
-    wanted = {"fold": "all", "keep_in_memory": False}
-    open_to = {
-        name: value for name, value in wanted.items() if name not in given and name in type(part.settings).model_fields
-    }
-    part = read_data(kind, {**settings, **open_to}, changes)
+    known = registry().get("dataset", kind).settings.model_fields
+    whole = {name: value for name, value in {"fold": "all", "keep_in_memory": False}.items() if name in known}
+    part = read_data(kind, {**whole, **settings}, changes)
     refusal, folds = _opened(part)
     items: dict[str, tuple[DataPart, int]] = {}
     for parts in folds.values():
-        for one in (parts.train, parts.valid, parts.test):
-            for index in range(0 if one is None else len(one)):
-                items.setdefault(one.ids[index], (one, index))
+        for one in _parts(parts):
+            for index, name in enumerate(one.ids):
+                items.setdefault(name, (one, index))
 
     def read(name: str) -> None:
         one, index = items[name]
@@ -125,17 +122,21 @@ def _opened(part: Part) -> tuple[str, dict[str, DataParts]]:
         return str(error), folds if parts is not None else {}
 
 
+def _parts(parts: DataParts) -> list[DataPart]:
+    return [part for part in (parts.train, parts.valid, parts.test) if part is not None]
+
+
 def _reason(name: str, error: Exception) -> str:
     """Return what an error says, without the path that ends in the name."""
     text = str(error) if isinstance(error, KdlibError) else f"{type(error).__name__}: {error}"
-    before, found, after = text.partition(f"{name}: ")
-    return after if (found and not before.strip(" ")) or (found and before.endswith("/")) else text
+    _, found, after = text.partition(f"{name}: ")
+    return after if found else text
 
 
 def _advice(part: Part, folds: Mapping[str, DataParts], errors: Sequence[Exception], fine: int) -> dict[str, Any]:
     advise = next((parts.advice for parts in folds.values() if hasattr(parts, "advice")), None)
     settings = advise(errors, fine) if advise and errors else {}
-    return {name: value for name, value in settings.items() if getattr(part.settings, name) != value}
+    return {name: value for name, value in settings.items() if getattr(part.settings, name, None) != value}
 
 
 def _holdings(folds: Mapping[str, DataParts]) -> Iterator[str]:
@@ -146,11 +147,10 @@ def _holdings(folds: Mapping[str, DataParts]) -> Iterator[str]:
         counts = f"{len(parts.train)} to train on, {len(parts.test)} to test"
         valid = "" if parts.valid is None else f", {len(parts.valid)} to validate"
         yield f"{f'fold {fold}: ' if fold else ''}{counts}{valid}"
-        for one in (parts.train, parts.valid, parts.test):
-            if one is not None:
-                ids.update(one.ids)
-                for label, group in zip(one.labels.tolist(), one.groups, strict=True):
-                    recordings.setdefault(parts.classes[label], set()).add(group)
+        for one in _parts(parts):
+            ids.update(one.ids)
+            for label, group in zip(one.labels.tolist(), one.groups, strict=True):
+                recordings.setdefault(parts.classes[label], set()).add(group)
     if recordings:
         sizes = [len(groups) for groups in recordings.values()]
         yield f"{len(ids)} clips, {len(sizes)} classes, {min(sizes)} to {max(sizes)} recordings a class"

@@ -130,14 +130,15 @@ def fitting(forms: Sequence[Form]) -> dict[str, Any]:
     """
     rates, channels = Counter(form.rate for form in forms), {form.channels for form in forms}
     rate = rates.most_common(1)[0][0]
-    seconds = round(median_low(form.frames / form.rate for form in forms), 3) or 0.001
+    lengths = [form.frames / form.rate for form in forms]
+    seconds = round(median_low(lengths), 6 if len(set(lengths)) == 1 else 2) or 0.01
     wanted = round(seconds * rate)
-    lengths = [_length_at(rate, form.frames, form.rate) for form in forms]
+    samples = [_length_at(rate, form.frames, form.rate) for form in forms]
     conversions = {
         "resample": len(rates) > 1,
         "down_mix": len(channels) > 1,
-        "pad": any(got < wanted - slack for got, slack in lengths),
-        "crop": any(got > wanted + slack for got, slack in lengths),
+        "pad": any(got < wanted - slack for got, slack in samples),
+        "crop": any(got > wanted + slack for got, slack in samples),
     }
     one = next(iter(channels)) if len(channels) == 1 else 1
     settings = {"rate": rate, "channels": one, "seconds": seconds}

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kdlib import DataError
-from kdlib_asc.audio import read_audio
+from kdlib_asc.audio import audio_extensions, read_audio
 from kdlib_asc.datasets.clips import (
     SHOWN,
     Bad,
@@ -181,10 +181,16 @@ def find_layout(root: Path) -> Path:
         raise DataError(f"data.root: several data sets lie in {root}: {names}. Name one of them.")
     if below or _is_layout(root.parent):
         return below[0] if below else root.parent
-    there = ", ".join(sorted(path.name for path in root.iterdir())[:SHOWN]) or "nothing"
+    inside = sorted(root.iterdir())
+    there = ", ".join(path.name for path in inside[:SHOWN]) or "nothing"
+    endings = audio_extensions()
+    named = [
+        path for path in inside if path.is_dir() and any(file.suffix.lower() in endings for file in path.iterdir())
+    ]
+    other = " If these folders are classes, it is a data set of kind 'folder'." if len(named) > 1 else ""
     raise DataError(
         f"data.root: no data set in the DCASE layout: looked for a file meta.csv beside a folder evaluation_setup "
-        f"in {root}, in the folders in it, and in {root.parent}. {root} holds: {there}"
+        f"in {root}, in the folders in it, and in {root.parent}. {root} holds: {there}.{other}"
     )
 
 
