@@ -153,4 +153,5 @@ def _holdings(folds: Mapping[str, DataParts]) -> Iterator[str]:
                 recordings.setdefault(parts.classes[label], set()).add(group)
     if recordings:
         sizes = [len(groups) for groups in recordings.values()]
-        yield f"{len(ids)} clips, {len(sizes)} classes, {min(sizes)} to {max(sizes)} recordings a class"
+        spread = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
+        yield f"{len(ids)} clips, {len(sizes)} classes, {spread} recordings a class"

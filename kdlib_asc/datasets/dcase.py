@@ -184,10 +184,9 @@ def find_layout(root: Path) -> Path:
     inside = sorted(root.iterdir())
     there = ", ".join(path.name for path in inside[:SHOWN]) or "nothing"
     endings = audio_extensions()
-    named = [
-        path for path in inside if path.is_dir() and any(file.suffix.lower() in endings for file in path.iterdir())
-    ]
-    other = " If these folders are classes, it is a data set of kind 'folder'." if len(named) > 1 else ""
+    folders = [path for path in inside if path.is_dir()]
+    of_clips = [path for path in folders if any(file.suffix.lower() in endings for file in path.iterdir())]
+    other = " If these folders are classes, it is a data set of kind 'folder'." if len(of_clips) > 1 else ""
     raise DataError(
         f"data.root: no data set in the DCASE layout: looked for a file meta.csv beside a folder evaluation_setup "
         f"in {root}, in the folders in it, and in {root.parent}. {root} holds: {there}.{other}"
