@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import ceil, gcd
 from pathlib import Path
 from statistics import median_low
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ LOUDEST = 8.0
 """Full scale is 1, and lossy codecs overshoot it a little. Larger values are integers saved as floating point."""
 
 _BLOCK = 1 << 18
+_UNSTATED = 0xFFFFFFFF  # RF64, or written to a pipe
 _OGG_PAGE = re.compile(rb"OggS\x00[\x00-\x07]")
 _OGG_TAIL = 1 << 17  # a page has at most 65307 bytes
 
@@ -183,7 +184,7 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
             while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
                 blocks.append(block)
         damage = _truncation(path)
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
+    except (RuntimeError, TypeError, ValueError, OSError, OverflowError) as error:
         raise DataError(f"{path}: not readable as audio: {error}") from error
     read = sum(map(len, blocks))
     if frames == 0:
@@ -217,26 +218,46 @@ def _resample(samples: np.ndarray, found: int, wanted: int) -> np.ndarray:
 
 def _truncation(path: Path) -> str | None:
     """Say what the container lacks. libsndfile takes the length of these from what is there, without an error."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(12)
+        head = file.read(24)
         if head[:4] == b"OggS":
-            file.seek(-min(_OGG_TAIL, path.stat().st_size), 2)
+            file.seek(-min(_OGG_TAIL, size), 2)
             return None if _ogg_ends(file.read()) else "its last Ogg page does not end the stream"
-        if head[8:] not in (b"WAVE", b"AIFF", b"AIFC"):
-            return None
-        order: Literal["little", "big"] = "big" if head[:4] in (b"RIFX", b"FORM") else "little"
-        long_size = None
-        while len(chunk := file.read(8)) == 8:
-            size, start = int.from_bytes(chunk[4:], order), file.tell()
-            if chunk[:4] == b"ds64":  # RF64: the true size of the data chunk, behind that of the file
-                long_size = int.from_bytes(file.read(16)[8:], order)
-            if chunk[:4] in (b"data", b"SSND"):
-                if size == 0xFFFFFFFF:  # RF64, or written to a pipe and then without a stated size
-                    size = long_size or 0
-                there = path.stat().st_size - start
-                return f"the header states {size} bytes of samples, the file has {there}" if size > there else None
-            file.seek(start + size + size % 2)
-    return None
+        stated, there = _stated(file, head, size)
+    return f"the header states {stated} bytes of samples, the file has {there}" if stated > there else None
+
+
+def _stated(file: BinaryIO, head: bytes, size: int) -> tuple[int, int]:
+    """Return how many bytes of samples a header states and how many follow it; (0, 0) where it states none."""
+    if head[:4] == b".snd":
+        stated = int.from_bytes(head[8:12], "big")
+        return (0 if stated == _UNSTATED else stated), size - int.from_bytes(head[4:8], "big")
+    if head[:4] == b"riff":  # W64, which states the size of the whole file
+        return int.from_bytes(head[16:24], "little") - 24, size - 24
+    if head[:4] == b"caff":
+        for name, length, start in _chunks(file, 8, 8, "big"):
+            if name == b"data":
+                return (0 if length == (1 << 64) - 1 else length), size - start
+    if head[8:12] in (b"WAVE", b"AIFF", b"AIFC", b"8SVX", b"16SV"):
+        long_size = 0
+        for name, length, start in _chunks(file, 12, 4, "big" if head[:4] in (b"RIFX", b"FORM") else "little"):
+            if name == b"ds64":  # RF64: the true size of the data chunk, behind that of the file
+                long_size = int.from_bytes(file.read(16)[8:], "little")
+            if name in (b"data", b"SSND", b"BODY"):
+                return (long_size if length == _UNSTATED else length), size - start
+    return 0, 0
+
+
+def _chunks(
+    file: BinaryIO, start: int, width: int, order: Literal["little", "big"]
+) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, length and start of each chunk; lengths have ``width`` bytes, 4-byte ones are padded to even."""
+    file.seek(start)
+    while len(head := file.read(4 + width)) == 4 + width:
+        length, start = int.from_bytes(head[4:], order), file.tell()
+        yield head[:4], length, start
+        file.seek(start + length + (length % 2 if width == 4 else 0))
 
 
 def _ogg_ends(tail: bytes) -> bool:
