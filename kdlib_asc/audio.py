@@ -36,13 +36,8 @@ class Form(NamedTuple):
 class FormError(DataError):
     """A sound file of another rate, number of channels or length than was wanted."""
 
-    def __init__(self, message: str, found: Form, wanted: Form) -> None:
-        super().__init__(message)
-        self.found = found
-        self.wanted = wanted
-
-    def __reduce__(self) -> tuple[Any, ...]:  # it comes from a loader's process, too
-        return type(self), (str(self), self.found, self.wanted)
+    found: Form
+    wanted: Form
 
 
 def read_audio(
@@ -104,8 +99,9 @@ def read_audio(
     if got > wanted + slack and not crop:
         problems.append(f"too long: {got} samples, {expected} (data.crop=true cuts the end)")
     if problems:
-        found = Form(found_rate, found_channels, frames)
-        raise FormError(f"{path}: {'; '.join(problems)}", found, Form(rate, channels, wanted))
+        error = FormError(f"{path}: {'; '.join(problems)}")  # of one argument: a loader makes it anew from its text
+        error.found, error.wanted = Form(found_rate, found_channels, frames), Form(rate, channels, wanted)
+        raise error
 
     if found_channels != channels:
         samples = samples.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
