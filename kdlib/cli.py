@@ -96,7 +96,7 @@ def data_check_command(
     from kdlib.survey import survey
 
     _register(plugins)
-    found = survey(kind, {"root": root.absolute()}, changes)
+    found = survey(kind, {"root": str(root.absolute())}, changes)
     _print(str(found))
     if not found:
         raise KdlibError("Something is wrong; see the lines above.")

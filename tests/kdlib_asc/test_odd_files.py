@@ -91,6 +91,11 @@ def link(path: Path) -> None:
     path.symlink_to(path.with_name("elsewhere.wav"))
 
 
+def renamed(path: Path) -> None:
+    written(path.with_name("plain.wav"))
+    path.with_name("plain.wav").rename(path)
+
+
 def unreadable(path: Path) -> None:
     written(path)
     path.chmod(0)
@@ -161,7 +166,6 @@ READ = {
     "Ogg Vorbis": Odd(lambda path: written(path, format="OGG"), as_written, "clip.ogg", **LOSSY),  # type: ignore[arg-type]
     "emoji and spaces in the name": Odd(lambda path: written(path, **FLOAT), as_written, "🚋 at  night [1].wav"),
     "line end and escape in the name": Odd(lambda path: written(path, **FLOAT), as_written, "a\nb\x1b[31m.wav"),
-    "name in another encoding": Odd(lambda path: written(path, **FLOAT), as_written, "caf\udce9.wav"),
     "link": Odd(link, as_written, tolerance=1e-4),
 }
 REFUSED = {
@@ -187,6 +191,7 @@ REFUSED = {
     "pipe named .wav": Odd(lambda path: os.mkfifo(path), "not a file"),
     "dangling link": Odd(lambda path: path.symlink_to("gone.wav"), "a link that leads nowhere"),
     "link that leads to itself": Odd(link_loop, "a link that leads nowhere"),
+    "name in another encoding": Odd(renamed, "not readable as audio", "caf\udce9.wav"),
     "no permission": Odd(unreadable, "not readable as audio"),
 }
 
@@ -240,6 +245,8 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
         try:
             path = made(odd, own)
         except pytest.skip.Exception:
+            continue
+        if odd.make is renamed:  # which a folder refuses as a whole
             continue
         ids[kind] = f"bus/bad{number}{path.suffix}"
         path.rename(root / ids[kind])
