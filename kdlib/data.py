@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,7 +186,16 @@ class _Telling(Dataset[Any]):
         try:
             return self.dataset[key]
         except KdlibError as error:
-            return error.with_traceback(None)
+            return error.with_traceback(None) if _travels(error) else KdlibError(str(error))
+
+
+def _travels(error: Exception) -> bool:
+    """Tell whether an error can go to another process: torch waits for ever for what cannot be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 def _collate(items: list[Any]) -> Any:
