@@ -22,9 +22,10 @@ def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["kdlib", "data", "check", *map(str, arguments)])
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as left:
+        with warnings.catch_warnings():
             warnings.simplefilter("default")
-            main()
+            with pytest.raises(SystemExit) as left:
+                main()
         out, complaints = capsys.readouterr()
         return int(left.value.code or 0), out, complaints
 
@@ -101,7 +102,7 @@ def test_a_place_in_both_parts_is_a_warning_and_no_problem(check: Command, root:
             (root / scene / f"{scene}{number}.wav").rename(root / scene / f"{scene}-rome-1-{number}-a.wav")
     train = [f"{scene}/{scene}-rome-1-{number}-a.wav" for scene in ("bus", "park") for number in range(3)]
     dcase_set(root, train, ["bus/bus-rome-1-3-a.wav", "park/park-rome-1-3-a.wav"])
-    code, out, complaints = check(root, "--set", "rate=8000", "--set", "channels=1", "--set", "seconds=0.1")
+    code, _, complaints = check(root, "--set", "rate=8000", "--set", "channels=1", "--set", "seconds=0.1")
     assert code == 0
     assert "recording places in both train and test: 2" in complaints
     assert "bus-rome-1: 3 clips in train, 1 in test, fold 1" in complaints
