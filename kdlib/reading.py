@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 from kdlib.errors import DataError
 
 THREADS = 4
+BLOCK = 1024
+"""Items handed to the threads at a time: each waits as an object of more than a kilobyte."""
 
 
 def unreadable(
@@ -37,13 +40,16 @@ def unreadable(
         try:
             read(name)
         except caught as error:
-            return error.with_traceback(None)  # its frames hold the samples
+            error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the samples
+            return error
         return None
 
     pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
     try:
         hidden = not get_console().is_terminal  # where a bar that goes away would leave an empty line
-        outcomes = track(pool.map(error_of, ids), title, total=len(ids), transient=True, disable=hidden)
+        blocks = (ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK))
+        every = chain.from_iterable(pool.map(error_of, block) for block in blocks)
+        outcomes = track(every, title, total=len(ids), transient=True, disable=hidden)
         return {name: error for name, error in zip(ids, outcomes, strict=True) if error is not None}
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C or a fault, what has not begun does not

@@ -183,9 +183,7 @@ def find_layout(root: Path) -> Path:
         return below[0] if below else root.parent
     inside = sorted(root.iterdir())
     there = ", ".join(path.name for path in inside[:SHOWN]) or "nothing"
-    endings = audio_extensions()
-    folders = [path for path in inside if path.is_dir()]
-    of_clips = [path for path in folders if any(file.suffix.lower() in endings for file in path.iterdir())]
+    of_clips = [path for path in inside if path.is_dir() and _holds_clips(path)]
     other = " If these folders are classes, it is a data set of kind 'folder'." if len(of_clips) > 1 else ""
     raise DataError(
         f"data.root: no data set in the DCASE layout: looked for a file meta.csv beside a folder evaluation_setup "
@@ -195,6 +193,14 @@ def find_layout(root: Path) -> Path:
 
 def _is_layout(folder: Path) -> bool:
     return (folder / "meta.csv").is_file() and (folder / "evaluation_setup").is_dir()
+
+
+def _holds_clips(folder: Path) -> bool:
+    endings = audio_extensions()
+    try:
+        return any(file.suffix.lower() in endings for file in folder.iterdir())
+    except OSError:  # not ours to look into
+        return False
 
 
 def _clip_name(cell: str) -> str:
