@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kdlib.errors import KdlibError
+from kdlib.errors import KdlibError, printable
 from kdlib.registry import register, registry
 
 MEANING = {
@@ -32,12 +32,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(help="Look a data set over, or make one.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 console = Console()
 errors = Console(stderr=True)
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe that comes with kdlib, or the path of a TOML or JSON file.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. train.epochs=5.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. rate=16000.")
 ]
 Modules = Annotated[
     list[str] | None, typer.Option("--plugin", metavar="MODULE", help="Register a module that can be imported.")
@@ -117,6 +122,38 @@ def predict_command(
             _print(f"{file}: {next(iter(scores))}  ({best}{', ...' if len(scores) > 3 else ''})")
     if bad:
         raise KdlibError("\n".join(bad))
+
+
+@data_app.command("check")
+def data_check_command(
+    root: Annotated[Path, typer.Argument(help="The folder of the data set.")],
+    kind: Annotated[str, typer.Option(help="A registered data set that reads a folder.")] = "dcase",
+    changes: Settings = None,
+    plugins: Modules = None,
+) -> None:
+    """Read a whole data set, every fold and every clip, and list all that is wrong with it."""
+    from kdlib.survey import survey
+
+    _register(plugins)
+    found = survey(kind, {"root": str(root.absolute())}, changes)
+    _print(str(found))
+    if not found:
+        raise KdlibError("Something is wrong; see the lines above.")
+
+
+@data_app.command("make")
+def data_make_command(
+    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    kind: Annotated[str, typer.Option(help="A registered data set that can be written.")] = "synthetic_scenes",
+    changes: Settings = None,
+    plugins: Modules = None,
+) -> None:
+    """Write a data set that is made, not recorded, into a new folder."""
+    from kdlib.making import make
+
+    _register(plugins)
+    make(folder, kind, changes)
+    _print(f"Everything is in {folder}")
 
 
 @app.command("plugins")
@@ -200,9 +237,9 @@ def _bytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
 
 
-def _print(text: str) -> None:
-    """Print text as it is: names of files and plugins may hold brackets, and a path is one line."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _print(text: str, to: Console = console) -> None:
+    """Print text as it is: names of files and plugins may hold anything, and a path is one line."""
+    to.print(printable(text, keep="\n\t"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _register(modules: list[str] | None) -> None:
@@ -245,13 +282,13 @@ def _table(result: dict[str, Any]) -> Table:
 
 def main() -> None:
     """Run the command. Exit codes: 0, 2 for a user's error (one message), 1 for a fault (with its traceback)."""
-    warnings.showwarning = lambda message, *_, **__: errors.print(f"warning: {message}", markup=False, highlight=False)
+    warnings.showwarning = lambda message, *_, **__: _print(f"warning: {message}", errors)
     try:
         app(standalone_mode=True)
     except KdlibError as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        _print(f"error: {error}", errors)
         for note in getattr(error, "__notes__", []):
-            errors.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)
+            _print(f"  {note}", errors)
         sys.exit(2)
     except Exception:
         traceback.print_exc()

@@ -23,7 +23,7 @@ from kdlib.files import write_json
 from kdlib.fusion import Scores, fuse
 from kdlib.interfaces import DataPart, DataParts
 from kdlib.metrics import confusion_matrix, macro_accuracy, wilson_interval
-from kdlib.recipe import FUSED, Recipe
+from kdlib.recipe import FUSED, Part, Recipe
 from kdlib.registry import build
 from kdlib.system import train_system
 
@@ -88,6 +88,9 @@ def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], 
         "seconds": {"wall": time.perf_counter() - started, "cpu": time.process_time() - cpu},
         "environment": _environment(),
     }
+    skipping = [parts.skipped for parts in folds.values() if hasattr(parts, "skipped")]
+    if skipping:
+        result["skipped"] = dict(pair for pairs in skipping for pair in pairs)
     _write_predictions(folder / "predictions.csv", pooled, classes)
     write_json(folder / "result.json", result)
     return folder
@@ -108,7 +111,11 @@ def _quiet(quiet: bool) -> Iterator[None]:
 
 def make_data(recipe: Recipe) -> dict[str, DataParts]:
     """Build the data set of a recipe: its folds by name, or one split named ''."""
-    part = recipe.data
+    return open_data(recipe.data)
+
+
+def open_data(part: Part) -> dict[str, DataParts]:
+    """Build a data set: its folds by name, or one split named ''."""
     data = build(part.plugin, part.settings, {}, {}, part.at)
     folds = {str(fold): parts for fold, parts in data.items()} if isinstance(data, Mapping) else {"": data}
     if len({tuple(parts.classes) for parts in folds.values()}) != 1:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from math import ceil, gcd
 from pathlib import Path
-from typing import Any, Literal
+from statistics import median_low
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +20,24 @@ LOUDEST = 8.0
 """Full scale is 1, and lossy codecs overshoot it a little. Larger values are integers saved as floating point."""
 
 _BLOCK = 1 << 18
+_UNSTATED = 0xFFFFFFFF  # RF64, or written to a pipe
 _OGG_PAGE = re.compile(rb"OggS\x00[\x00-\x07]")
 _OGG_TAIL = 1 << 17  # a page has at most 65307 bytes
+
+
+class Form(NamedTuple):
+    """What a clip is like beside its sound."""
+
+    rate: int
+    channels: int
+    frames: int
+
+
+class FormError(DataError):
+    """A sound file of another rate, number of channels or length than was wanted."""
+
+    found: Form
+    wanted: Form
 
 
 def read_audio(
@@ -66,8 +85,7 @@ def read_audio(
     path = Path(path)
     samples, found_rate = _decode(path)
     frames, found_channels = samples.shape
-    got = ceil(frames * rate / found_rate)
-    slack = 0 if found_rate == rate else max(1, ceil(rate / found_rate))
+    got, slack = _length_at(rate, frames, found_rate)
 
     problems = _unlike(found_rate, found_channels, rate, channels, resample=resample, down_mix=down_mix)
     expected = f"expected {wanted} ({seconds:g} s at {rate} Hz)"
@@ -76,7 +94,9 @@ def read_audio(
     if got > wanted + slack and not crop:
         problems.append(f"too long: {got} samples, {expected} (data.crop=true cuts the end)")
     if problems:
-        raise DataError(f"{path}: {'; '.join(problems)}")
+        error = FormError(f"{path}: {'; '.join(problems)}")  # of one argument: a loader makes it anew from its text
+        error.found, error.wanted = Form(found_rate, found_channels, frames), Form(rate, channels, wanted)
+        raise error
 
     samples = _converted(samples, found_rate, rate, channels)
     out = np.zeros((channels, wanted), dtype=np.float32)
@@ -120,6 +140,35 @@ def read_windows(
     return torch.from_numpy(np.stack([np.ascontiguousarray(whole[at : at + wanted].T) for at in starts]))
 
 
+def fitting(forms: Sequence[Form]) -> dict[str, Any]:
+    """Return the settings under which clips of these forms can be read, with as little conversion as there can be.
+
+    The rate is the most common one, the channels are those of all or else 1, the length is the median.
+
+    Args:
+        forms: of at least one clip.
+
+    Example:
+        >>> fitting([Form(44100, 1, 220500), Form(44100, 1, 220500), Form(44100, 1, 160000)])
+        {'rate': 44100, 'channels': 1, 'seconds': 5.0, 'pad': True}
+    """
+    rates, channels = Counter(form.rate for form in forms), {form.channels for form in forms}
+    rate = rates.most_common(1)[0][0]
+    lengths = [form.frames / form.rate for form in forms]
+    seconds = round(median_low(lengths), 6 if len(set(lengths)) == 1 else 2) or 0.01
+    wanted = round(seconds * rate)
+    samples = [_length_at(rate, form.frames, form.rate) for form in forms]
+    conversions = {
+        "resample": len(rates) > 1,
+        "down_mix": len(channels) > 1,
+        "pad": any(got < wanted - slack for got, slack in samples),
+        "crop": any(got > wanted + slack for got, slack in samples),
+    }
+    one = next(iter(channels)) if len(channels) == 1 else 1
+    settings = {"rate": rate, "channels": one, "seconds": seconds}
+    return settings | {name: True for name, needed in conversions.items() if needed}
+
+
 def audio_extensions() -> frozenset[str]:
     """Return the file name endings of the containers that soundfile reads, lower case, with their dot.
 
@@ -148,7 +197,8 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
     """Return all samples (frames, channels) float32 and their rate, having refused what is damaged."""
     soundfile = _soundfile()
     if not path.is_file():
-        raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        absent = "a link that leads nowhere" if path.is_symlink() else "no such file"
+        raise DataError(f"{path}: {'not a file' if path.exists() else absent}")
     blocks = []
     try:
         with soundfile.SoundFile(path) as file:
@@ -157,7 +207,7 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
             while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
                 blocks.append(block)
         damage = _truncation(path)
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
+    except (RuntimeError, TypeError, ValueError, OSError, OverflowError) as error:
         raise DataError(f"{path}: not readable as audio: {error}") from error
     read = sum(map(len, blocks))
     if frames == 0:
@@ -194,6 +244,12 @@ def _converted(samples: np.ndarray, found_rate: int, rate: int, channels: int) -
     return samples if found_rate == rate else _resample(samples, found_rate, rate)
 
 
+def _length_at(rate: int, frames: int, found_rate: int) -> tuple[int, int]:
+    """Return how many samples a clip has at another rate, and by how many the conversion may miss."""
+    slack = 0 if found_rate == rate else max(1, ceil(rate / found_rate))
+    return ceil(frames * rate / found_rate), slack
+
+
 def _resample(samples: np.ndarray, found: int, wanted: int) -> np.ndarray:
     try:
         from scipy.signal import resample_poly
@@ -205,26 +261,46 @@ def _resample(samples: np.ndarray, found: int, wanted: int) -> np.ndarray:
 
 def _truncation(path: Path) -> str | None:
     """Say what the container lacks. libsndfile takes the length of these from what is there, without an error."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(12)
+        head = file.read(24)
         if head[:4] == b"OggS":
-            file.seek(-min(_OGG_TAIL, path.stat().st_size), 2)
+            file.seek(-min(_OGG_TAIL, size), 2)
             return None if _ogg_ends(file.read()) else "its last Ogg page does not end the stream"
-        if head[8:] not in (b"WAVE", b"AIFF", b"AIFC"):
-            return None
-        order: Literal["little", "big"] = "big" if head[:4] in (b"RIFX", b"FORM") else "little"
-        long_size = None
-        while len(chunk := file.read(8)) == 8:
-            size, start = int.from_bytes(chunk[4:], order), file.tell()
-            if chunk[:4] == b"ds64":  # RF64: the true size of the data chunk, behind that of the file
-                long_size = int.from_bytes(file.read(16)[8:], order)
-            if chunk[:4] in (b"data", b"SSND"):
-                if size == 0xFFFFFFFF:  # RF64, or written to a pipe and then without a stated size
-                    size = long_size or 0
-                there = path.stat().st_size - start
-                return f"the header states {size} bytes of samples, the file has {there}" if size > there else None
-            file.seek(start + size + size % 2)
-    return None
+        stated, there = _stated(file, head, size)
+    return f"the header states {stated} bytes of samples, the file has {there}" if stated > there else None
+
+
+def _stated(file: BinaryIO, head: bytes, size: int) -> tuple[int, int]:
+    """Return how many bytes of samples a header states and how many follow it; (0, 0) where it states none."""
+    if head[:4] == b".snd":
+        stated = int.from_bytes(head[8:12], "big")
+        return (0 if stated == _UNSTATED else stated), size - int.from_bytes(head[4:8], "big")
+    if head[:4] == b"riff":  # W64, which states the size of the whole file
+        return int.from_bytes(head[16:24], "little") - 24, size - 24
+    if head[:4] == b"caff":
+        for name, length, start in _chunks(file, 8, 8, "big"):
+            if name == b"data":
+                return (0 if length == (1 << 64) - 1 else length), size - start
+    if head[8:12] in (b"WAVE", b"AIFF", b"AIFC", b"8SVX", b"16SV"):
+        long_size = 0
+        for name, length, start in _chunks(file, 12, 4, "big" if head[:4] in (b"RIFX", b"FORM") else "little"):
+            if name == b"ds64":  # RF64: the true size of the data chunk, behind that of the file
+                long_size = int.from_bytes(file.read(16)[8:], "little")
+            if name in (b"data", b"SSND", b"BODY"):
+                return (long_size if length == _UNSTATED else length), size - start
+    return 0, 0
+
+
+def _chunks(
+    file: BinaryIO, start: int, width: int, order: Literal["little", "big"]
+) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, length and start of each chunk; lengths have ``width`` bytes, 4-byte ones are padded to even."""
+    file.seek(start)
+    while len(head := file.read(4 + width)) == 4 + width:
+        length, start = int.from_bytes(head[4:], order), file.tell()
+        yield head[:4], length, start
+        file.seek(start + length + (length % 2 if width == 4 else 0))
 
 
 def _ogg_ends(tail: bytes) -> bool:

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdlib import DataError, keyed
-from kdlib_asc.audio import read_windows
+from kdlib import DataError, keyed, unreadable
+from kdlib_asc.audio import FormError, fitting, read_windows
 
 Rate = Annotated[int, Field(ge=1)]
 Channels = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Bad = Literal["error", "skip"]
 
 SHOWN = 20
 """How many problems of a kind a report spells out; the others are counted."""
+FEW = 5
+"""How many a warning spells out."""
 
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def of_clips(build: F) -> F:
+def of_clips(**written: Any) -> Callable[[F], F]:
     """Mark the builder of a data set of clips: ``build.windows(path, settings)`` reads any one file in its form.
 
-    That is what ``kdlib predict`` asks for; see :class:`kdlib.interfaces.DataParts`.
+    That is what ``kdlib predict`` asks for, and ``written`` what ``kdlib data make`` takes; see
+    :class:`kdlib.interfaces.DataParts`.
     """
-    marked: Any = build
-    marked.windows = _windows
-    return build
+
+    def mark(build: F) -> F:
+        marked: Any = build
+        marked.windows = _windows
+        marked.written = written
+        return build
+
+    return mark
 
 
 def _windows(path: Path, settings: Any) -> Tensor:
@@ -114,8 +124,11 @@ def scene_parts(
     seed: int,
     rate: int,
     channels: int,
+    skipped: Mapping[str, str] | None = None,
 ) -> SceneParts:
     """Make the parts of one training, with a share of the training part's groups split off for validation.
+
+    Bad clips are not among them; ``skipped`` has their reasons.
 
     Raises:
         DataError: ``validation`` is above 0 and no class has two groups to split.
@@ -136,7 +149,49 @@ def scene_parts(
         raise DataError(f"{store.root}: data.validation={validation:g}, but no class has two recordings to split")
     held_out = [clip for clip, goes in zip(train, out, strict=True) if goes]
     kept = [clip for clip, goes in zip(train, out, strict=True) if not goes]
-    return SceneParts(part(kept), part(held_out) if held_out else None, part(test), classes, rate, channels)
+    return SceneParts(
+        train=part(kept),
+        valid=part(held_out) if held_out else None,
+        test=part(test),
+        classes=classes,
+        rate=rate,
+        channels=channels,
+        skipped=tuple((skipped or {}).items()),
+    )
+
+
+def bad_clips(clips: Sequence[Clip], store: ClipStore) -> dict[str, str]:
+    """Read every clip once and return what is wrong with the bad ones, by id in their order, with one warning.
+
+    Nothing that was read is kept: it need not fit into the memory.
+    """
+    errors = unreadable([clip.id for clip in clips], lambda name: store.read(store.root / name), title="reading clips")
+    reasons = {name: str(error).removeprefix(f"{store.root / name}: ") for name, error in errors.items()}
+    if reasons:
+        counts = f"{len(reasons)} of {len(clips)} clips are bad and left out (data.bad='skip')"
+        few = listed([f"{name}: {reason}" for name, reason in reasons.items()])
+        warnings.warn(f"{store.root}: {counts}{few}", stacklevel=3)
+    return reasons
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Return the first few lines of a warning and the number of the others."""
+    more = [f"and {len(lines) - FEW} more"] if len(lines) > FEW else []
+    return "".join(f"\n  {line}" for line in [*lines[:FEW], *more])
+
+
+def add_emptied(problems: Problems, clips: Sequence[Clip], bad: Mapping[str, str], where: str) -> None:
+    """Note the classes of which only bad clips are there."""
+    left = {clip.label for clip in without(clips, bad)}
+    for label in sorted({clip.label for clip in clips} - left):
+        mine = [clip for clip in clips if clip.label == label]
+        detail = f"all {len(mine)} are bad, the first: {mine[0].id}: {bad[mine[0].id]}"
+        problems.add("class without a clip that can be read", f"{label} in {where}", detail)
+
+
+def without(clips: Sequence[Clip], bad: Mapping[str, str]) -> list[Clip]:
+    """Return the clips that are not bad."""
+    return [clip for clip in clips if clip.id not in bad]
 
 
 class ClipStore:
@@ -235,6 +290,7 @@ class SceneParts:
         classes: the class names, sorted.
         rate: samples a second.
         channels: channels of a clip.
+        skipped: id and reason of each clip that was left out of the parts as bad.
     """
 
     train: Clips
@@ -243,6 +299,19 @@ class SceneParts:
     classes: tuple[str, ...]
     rate: int
     channels: int
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    def advice(self, errors: Sequence[Exception], fine: int) -> dict[str, Any]:
+        """Return the settings under which clips that were refused for their form would be read too.
+
+        Args:
+            errors: what reading raised, of whatever kind.
+            fine: how many clips could be read.
+        """
+        refused = [error for error in errors if isinstance(error, FormError)]
+        if not refused:
+            return {}
+        return fitting([error.found for error in refused] + [refused[0].wanted] * fine)
 
 
 class Problems:
@@ -265,8 +334,13 @@ class Problems:
         """Note one problem; of the same item only the first of a kind is kept, since folds repeat it."""
         self._kinds.setdefault(kind, {}).setdefault(item, detail)
 
-    def check(self, where: str | Path) -> None:
-        """Raise DataError with everything that was noted, numbered by kind, or do nothing where nothing was."""
+    def check(self, where: str | Path, parts: Callable[[], Any] = lambda: None) -> None:
+        """Raise DataError with everything that was noted, numbered by kind, or do nothing where nothing was.
+
+        Args:
+            where: what it is wrong with.
+            parts: makes what can be read on all the same, for ``kdlib data check``.
+        """
         if not self._kinds:
             return
         total = sum(map(len, self._kinds.values()))
@@ -276,4 +350,6 @@ class Problems:
             lines += [f"     {item}: {detail}" for item, detail in list(items.items())[:SHOWN]]
             if len(items) > SHOWN:
                 lines.append(f"     and {len(items) - SHOWN} more")
-        raise DataError("\n".join(lines))
+        error = DataError("\n".join(lines))
+        error.parts = parts()
+        raise error

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdlib import DataError, KdlibError, keyed
-from kdlib_asc.datasets.clips import Clip, Clips, ClipStore, SceneParts, Share, scene_parts, split_groups
+from kdlib_asc.datasets.clips import Clip, Clips, ClipStore, SceneParts, Share, of_clips, scene_parts, split_groups
 from kdlib_asc.datasets.dcase import COLUMNS
 from kdlib_asc.datasets.ingredients import INGREDIENTS, SCENES, Take
 
@@ -75,6 +75,7 @@ class SyntheticScenes(SceneParts):
             raise KdlibError(f"{folder}: cannot be written: {error}.") from error
 
 
+@of_clips(rate=48000, seconds=10.0)
 def synthetic_scenes(
     *,
     rate: Annotated[int, Field(ge=16000)] = 16000,
