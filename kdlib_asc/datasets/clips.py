@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class ClipStore:
 
     Args:
         root: the folder that the names are relative to.
-        read: reads one file, (channels, samples).
+        read: reads one file, (channels, samples). Its settings are the keywords of a ``partial``.
         keep: whether to keep anything.
         limit: bytes to keep at most, in each process; 2 GiB by default.
 
@@ -144,6 +145,7 @@ class ClipStore:
         self.limit = limit
         self._kept: dict[str, Tensor] = {}
         self._bytes = 0
+        self._fingerprints: dict[str, str] = {}
 
     def __call__(self, name: str) -> Tensor:
         """Return the samples of one clip; they are the caller's to change."""
@@ -155,6 +157,30 @@ class ClipStore:
             self._kept[name] = samples.clone()
             self._bytes += samples.nbytes
         return samples
+
+    def fingerprint(self, name: str) -> str:
+        """Return a hash of a clip's file, of the reader and of its settings; of its name where it is made, not read."""
+        known = self._fingerprints.get(name)
+        if known is None:
+            digest = hashlib.sha256(self._reader())
+            path = self.root / name
+            try:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except FileNotFoundError:
+                digest.update(name.encode())
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+            known = self._fingerprints[name] = digest.hexdigest()
+        return known
+
+    def _reader(self) -> bytes:
+        """Return what names the function that reads and its settings: a clip may come out otherwise under others."""
+        function = getattr(self.read, "func", self.read)
+        settings = sorted(getattr(self.read, "keywords", {}).items())
+        source = Path(function.__code__.co_filename)
+        code = source.read_bytes() if source.is_file() else b""
+        return hashlib.sha256(code).digest() + f"{function.__qualname__} {settings}".encode()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}, "_bytes": 0}
@@ -199,6 +225,10 @@ class Clips:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of a part of {len(self)} clips")
         return {"x": self.store(self.ids[index]), "y": int(self.labels[index]), "index": index, "epoch": epoch}
+
+    def fingerprint(self, index: int) -> str:
+        """Return a hash of the bytes of a clip's file and of how it is read."""
+        return self.store.fingerprint(self.ids[index])
 
 
 @dataclass(frozen=True)
