@@ -101,7 +101,11 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = _read_manifest(folder / MANIFEST)
-        self._opened: dict[int, list[np.ndarray]] = {}
+        self._opened: dict[int, list[memoryview]] = {}
+        self._forms: list[tuple[str, np.dtype, tuple[int, ...], int]] = []
+        for name, form in self.manifest.arrays.items():
+            dtype = np.dtype(form.dtype)
+            self._forms.append((name, dtype, tuple(form.shape), dtype.itemsize * math.prod(form.shape)))
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -150,7 +154,7 @@ class Store:
         if not _beside(self.path(shard)).exists():  # not yet, or not to its end
             return False
         try:
-            self._arrays(shard)
+            self._open(shard)
         except DataError as error:
             warnings.warn(f"{error} It is made anew.", stacklevel=2)
             return False
@@ -158,43 +162,47 @@ class Store:
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         """Return the arrays of one row; they are the caller's."""
-        shard, place = divmod(row, self.manifest.shard_rows)
-        flat = self._arrays(shard)
-        forms = self.manifest.arrays.items()
-        return {name: flat[number][place].copy().reshape(form.shape) for number, (name, form) in enumerate(forms)}
+        return {name: array.reshape(array.shape[1:]) for name, array in self.take([row]).items()}
 
     def take(self, rows: Sequence[int] | np.ndarray | Tensor) -> dict[str, np.ndarray]:
         """Return the arrays of some rows, (N, *shape) each, in their order and as often as they are asked for."""
-        numbers = np.asarray(rows)
-        if numbers.ndim != 1 or (len(numbers) and numbers.dtype.kind not in "iu"):
-            raise ValueError(f"rows are a list of whole numbers, not {numbers.dtype} of shape {numbers.shape}")
+        asked = np.asarray(rows)
+        numbers = asked.tolist()
+        if asked.ndim != 1 or (numbers and asked.dtype.kind not in "iu"):
+            raise ValueError(f"rows are a list of whole numbers, not {asked.dtype} of shape {asked.shape}")
+        if numbers and not 0 <= min(numbers) <= max(numbers) < len(self):
+            raise IndexError(
+                f"{self.folder} has {len(self)} rows, counted from 0; {min(numbers)} to {max(numbers)} asked"
+            )
         size = self.manifest.shard_rows
-        places = [(self._arrays(row // size), row % size) for row in numbers.tolist()]
+        for shard in {row // size for row in numbers} - self._opened.keys():
+            self._open(shard)
+        places = [(self._opened[row // size], row % size) for row in numbers]
         taken = {}
-        for number, (name, form) in enumerate(self.manifest.arrays.items()):
-            flat = [arrays[number][place] for arrays, place in places] or [np.empty(0, form.dtype)]
-            taken[name] = np.concatenate(flat).reshape(len(places), *form.shape)
+        for number, (name, dtype, shape, length) in enumerate(self._forms):
+            # Slices of bytes, joined: half the time of numpy's rows, concatenated.
+            rows_of_it = [bytes_of[number][place * length : (place + 1) * length] for bytes_of, place in places]
+            taken[name] = np.ndarray((len(places), *shape), dtype, buffer=bytearray().join(rows_of_it))
         return taken
 
     def whole(self, name: str) -> np.ndarray:
         """Return all rows of one array in memory, (rows, *shape): for a store that fits, the quickest to take from."""
-        number, form = list(self.manifest.arrays).index(name), self.manifest.arrays[name]
-        filled = np.empty((len(self), math.prod(form.shape)), form.dtype)
+        number = list(self.manifest.arrays).index(name)
+        _, dtype, shape, _ = self._forms[number]
+        filled = np.empty((len(self), *shape), dtype)
         for shard in range(self.shards):
             rows = self.span(shard)
-            filled[rows.start : rows.stop] = self._arrays(shard)[number]
-        return filled.reshape(len(self), *form.shape)
+            one = np.ndarray((len(rows), *shape), dtype, buffer=self._open(shard)[number])
+            filled[rows.start : rows.stop] = one
+        return filled
 
-    def _arrays(self, shard: int) -> list[np.ndarray]:
-        """Return the arrays of a shard in the order of the manifest, (rows, values of a row) each."""
-        opened = self._opened.get(shard)
-        if opened is None:
-            if not 0 <= shard < self.shards:
-                raise IndexError(f"{self.folder} has the rows 0 to {len(self) - 1}")
-            opened = self._opened[shard] = self._open(shard)
-        return opened
+    def _open(self, shard: int) -> list[memoryview]:
+        """Return the bytes of a shard's arrays in the order of the manifest, checked when it is first opened."""
+        if shard not in self._opened:
+            self._opened[shard] = self._checked(shard)
+        return self._opened[shard]
 
-    def _open(self, shard: int) -> list[np.ndarray]:
+    def _checked(self, shard: int) -> list[memoryview]:
         path = self.path(shard)
         try:
             seal = _beside(path).read_bytes()
@@ -208,15 +216,17 @@ class Store:
             raise DataError(
                 f"{path}: damaged: it and {_beside(path).name} do not agree. Delete both and make them anew."
             )
-        raw.flags.writeable = False
+        data = raw.data.toreadonly()
         try:
-            start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-            header = json.loads(raw[8 : min(start, LARGEST)].tobytes())
+            start = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(bytes(data[8 : min(start, LARGEST)]))
             arrays = []
-            for name, form in self.manifest.arrays.items():
+            for name, _, _, length in self._forms:
                 first, last = header[name]["data_offsets"]
-                flat = raw[start + first : start + last].view(form.dtype)
-                arrays.append(flat.reshape(len(self.span(shard)), math.prod(form.shape)))
+                array = data[start + first : start + last]
+                if first < 0 or not last - first == len(array) == length * len(self.span(shard)):
+                    raise ValueError(f"'{name}' lies at {first} to {last}")
+                arrays.append(array)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: holds something else than {MANIFEST} says: {error}") from None
         return arrays
@@ -254,8 +264,10 @@ def make_store(
         arrays = dict(sorted(row().items()))
         size = shard_rows or max(1, SHARD // max(1, sum(array.nbytes for array in arrays.values())))
         forms = {name: {"dtype": array.dtype.name, "shape": list(array.shape)} for name, array in arrays.items()}
-        text = Manifest.model_validate({**plain, "shard_rows": size, "arrays": forms}).text()
-        write_atomically(folder / MANIFEST, lambda beside: beside.write_bytes(text.encode()))
+        text = Manifest.model_validate({**plain, "shard_rows": size, "arrays": forms}).text().encode()
+        if len(text) > LARGEST:
+            raise DataError(f"{folder / MANIFEST}: a manifest has at most {LARGEST} bytes, this one {len(text)}.")
+        write_atomically(folder / MANIFEST, lambda beside: beside.write_bytes(text))
     remove_left_over(folder)
     store = Store(folder)
     asked = plain if shard_rows is None else {**plain, "shard_rows": shard_rows}
@@ -270,7 +282,7 @@ def make_store(
 def _read_manifest(path: Path) -> Manifest:
     try:
         with path.open("rb") as file:
-            data = file.read(LARGEST)
+            data = file.read(LARGEST)  # a longer one is cut, and refused
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Is this the folder of a store?") from None
     try:
