@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +27,7 @@ from kdlib.store import LARGEST, MANIFEST, Store, make_store
 
 MADE_OF = {"teacher": "sha256 of something", "classes": ["bus", "tram"], "views": 2, "deep": {"a": 1.5, "ü": None}}
 ROWS, SHARD_ROWS = 11, 4
+FORK = multiprocessing.get_context("fork")
 
 
 def row_of(number):
@@ -283,53 +284,43 @@ def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(copy):
     assert [(copy / name).exists() for name in names] == [False, False, True, True, True, True]
 
 
-WRITER = """
-import sys, time
-sys.path[:0] = [{tests!r}]
-import test_store
-from pathlib import Path
-print("ready", flush=True)
-sys.stdin.readline()
-test_store.finished(Path(sys.argv[1]), rows=int(sys.argv[2]))
-"""
+def writer(folder, rows, start):
+    start.wait()
+    finished(folder, rows=rows)
 
 
-def writer(folder, rows):
-    code = WRITER.format(tests=str(Path(__file__).parent))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder), str(rows)], **pipes)
-    assert process.stdout.readline() == "ready\n"
-    return process
+def started(folder, rows, count):
+    """Return processes that write one store, all set off at once."""
+    start = FORK.Event()
+    processes = [FORK.Process(target=writer, args=(folder, rows, start)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    start.set()
+    return processes
 
 
-def test_two_who_write_at_once_write_the_same(tmp_path):
+def test_three_who_write_at_once_write_the_same(tmp_path):
     expected = finished(tmp_path / "alone", rows=200)
-    processes = [writer(tmp_path / "both", 200) for _ in range(2)]
+    processes = started(tmp_path / "all", 200, 3)
     for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in processes:
-        assert process.communicate(timeout=60)[1] == ""
-        assert process.returncode == 0
-    assert bytes_in(tmp_path / "both") == bytes_in(expected.folder)
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert bytes_in(tmp_path / "all") == bytes_in(expected.folder)
 
 
 def test_after_kills_the_rest_is_written_and_the_bytes_are_those_of_an_uninterrupted_writer(tmp_path):
-    expected = bytes_in(finished(tmp_path / "alone", rows=400).folder)
-    folder, reached = tmp_path / "killed", []
-    for kill in range(1, 4):
-        process = writer(folder, 400)
-        process.stdin.write("\n")
-        process.stdin.flush()
-        while len(list(folder.glob("*.sha256"))) < 25 * kill and process.poll() is None:
-            time.sleep(0.001)
+    expected = bytes_in(finished(tmp_path / "alone", rows=600).folder)
+    folder, returned = tmp_path / "killed", []
+    for wanted in (1, 20, 40, 60, 80):
+        (process,) = started(folder, 600, 1)
+        while len(list(folder.glob("*.sha256"))) < wanted and process.is_alive():
+            time.sleep(0.0005)
         process.kill()
-        process.communicate()
-        reached.append(process.returncode)
-    assert reached == [-signal.SIGKILL] * 3
-    partly = bytes_in(folder)
-    assert 75 <= sum(name.endswith(".sha256") for name in partly) < 100
-    finished(folder, rows=400)
+        process.join()
+        returned.append(process.exitcode)
+    assert returned == [-signal.SIGKILL] * 5
+    assert 80 <= sum(name.endswith(".sha256") for name in bytes_in(folder)) < 150
+    finished(folder, rows=600)
     assert bytes_in(folder) == expected
 
 
@@ -590,7 +581,3 @@ def test_a_folder_that_is_read_only_can_be_read(copy):
         assert begun(copy).intact(1)
     finally:
         copy.chmod(0o755)
-
-
-def test_a_limit_of_this_process_was_not_changed():
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
