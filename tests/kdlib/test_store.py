@@ -140,11 +140,11 @@ def test_a_pickled_store_opens_its_shards_anew(made):
 
 
 def test_open_shards_hold_no_file_descriptors(tmp_path):
-    store = make_store(tmp_path, {}, rows=300, row=lambda: {"a": np.zeros(2)}, shard_rows=1)
-    for shard in range(300):
+    store = make_store(tmp_path, {}, rows=40, row=lambda: {"a": np.zeros(2)}, shard_rows=1)
+    for shard in range(40):
         store.write(shard, {"a": np.full((1, 2), shard, float)})
     before = len(os.listdir("/proc/self/fd"))
-    np.testing.assert_array_equal(store.take(range(300))["a"][:, 0], np.arange(300))
+    np.testing.assert_array_equal(store.take(range(40))["a"][:, 0], np.arange(40))
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -160,7 +160,7 @@ FORMS = st.dictionaries(
 
 
 @given(data=st.data(), forms=FORMS, rows=st.integers(0, 12), shard_rows=st.integers(1, 13))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_arrays_come_out_as_they_went_in_bit_for_bit(data, forms, rows, shard_rows):
     whole = {
         name: data.draw(arrays(dtype, (rows, *shape), elements=from_dtype(np.dtype(dtype)), fill=st.nothing()))
@@ -309,18 +309,18 @@ def test_three_who_write_at_once_write_the_same(tmp_path):
 
 
 def test_after_kills_the_rest_is_written_and_the_bytes_are_those_of_an_uninterrupted_writer(tmp_path):
-    expected = bytes_in(finished(tmp_path / "alone", rows=600).folder)
+    expected = bytes_in(finished(tmp_path / "alone", rows=300).folder)
     folder, returned = tmp_path / "killed", []
-    for wanted in (1, 20, 40, 60, 80):
-        (process,) = started(folder, 600, 1)
+    for wanted in (1, 12, 24, 36, 48):
+        (process,) = started(folder, 300, 1)
         while len(list(folder.glob("*.sha256"))) < wanted and process.is_alive():
             time.sleep(0.0005)
         process.kill()
         process.join()
         returned.append(process.exitcode)
     assert returned == [-signal.SIGKILL] * 5
-    assert 80 <= sum(name.endswith(".sha256") for name in bytes_in(folder)) < 150
-    finished(folder, rows=600)
+    assert 48 <= sum(name.endswith(".sha256") for name in bytes_in(folder)) < 75
+    finished(folder, rows=300)
     assert bytes_in(folder) == expected
 
 
