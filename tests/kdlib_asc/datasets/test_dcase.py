@@ -614,9 +614,7 @@ def test_a_fingerprint_is_of_the_bytes_and_of_how_they_are_read(root: Path) -> N
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert [load(root).train.fingerprint(index) == first[index] for index in range(12)] == [True] * 3 + [False] + [
-        True
-    ] * 8
+    assert [index for index in range(12) if load(root).train.fingerprint(index) != first[index]] == [3]
     path.unlink()
     path.symlink_to(path)
     with pytest.raises(DataError, match=path.name):
