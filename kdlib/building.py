@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from kdlib.blocks import CacheBlock
-from kdlib.cache import Cache
+from kdlib.cache import Cache, source_of
 from kdlib.errors import KdlibError, RecipeError
 from kdlib.files import read_tensors
 from kdlib.interfaces import DataParts
@@ -45,7 +45,7 @@ def make_cache(block: CacheBlock | None, part: Part | None, facts: Mapping[str, 
     if block is None or part is None:
         return None
     filled = {name: value for name, value in facts.items() if name in type(part.settings).model_fields}
-    made_by = {"plugin": part.plugin.package, **part.dump(), **filled}
+    made_by = {"plugin": part.plugin.package, "builder": source_of(part.plugin.build), **part.dump(), **filled}
     return Cache(block.folder, block.dtype, made_by)
 
 

@@ -31,17 +31,17 @@ LOSS = "x_error"
 class Cache:
     """Where features are kept, and as what.
 
-    Each part of each set of features is a :class:`kdlib.store.Store` of its own in the folder, named by the features
-    (``made_by``, their module's source, their state with its statistics), the data (ids, and the fingerprint of each
-    item), ``dtype`` and the versions of torch, numpy and the audio libraries. What no longer fits is not found, and
-    never used; any of the stores may be deleted.
+    Each part of each set of features is a :class:`kdlib.store.Store` of its own in the folder, named by a hash of the
+    features (``made_by``, their module's source, their state with its statistics), the data (ids, and the fingerprint
+    of each item), ``dtype`` and the versions of torch, numpy and the audio libraries. What no longer fits is not found,
+    and never used; any of the stores may be deleted.
 
     Args:
         folder: is made where it is missing. Processes and runs may share it.
         dtype: ``float32`` keeps features as they are computed, bit for bit. ``float16`` takes half the room: float32
             features are rounded to 11 significant bits (relative error up to 2^-11, 0.05 %; values above 65504 are
             refused), and read back as float32.
-        made_by: the kind and the settings of the features, as JSON has them.
+        made_by: the kind and the settings of the features, and what else they depend on, as JSON has it.
     """
 
     folder: Path
@@ -108,7 +108,8 @@ def filled(
         return _row(compute(index), cache.dtype, f"{title}: {part.ids[index]}")
 
     store = make_store(cache.place(made_of), made_of, rows=len(part), row=lambda: row(0))
-    forms, wrote = {name: tuple(form.shape) for name, form in store.manifest.arrays.items()}, False
+    forms = {name: tuple(form.shape) for name, form in store.manifest.arrays.items()}
+    wrote = False
     with Progress(transient=True) as bar:
         task = bar.add_task(title, total=len(part))
         for shard in range(store.shards):
@@ -167,17 +168,17 @@ def _made_of(what: str, features: Any, part: DataPart, cache: Cache, title: str)
     return {
         "what": what,
         "features": {"class": f"{kind.__module__}.{kind.__qualname__}", **cache.made_by},
-        "source": _source(kind),
+        "source": source_of(kind),
         "state": _digest(piece for name in sorted(state) for piece in _bytes(name, state[name])),
         "data": _fingerprint(part, title),
         "versions": versions("kdlib-asc", "torch", "numpy", "scipy", "soundfile"),
     }
 
 
-def _source(kind: type) -> str:
-    """Return the sha256 of the file that a class is written in; '' where there is none, as in a notebook."""
+def source_of(made: Any) -> str:
+    """Return the sha256 of the file that a class or function is written in; '' without one, as in a notebook."""
     try:
-        path = inspect.getsourcefile(kind)
+        path = inspect.getsourcefile(made)
         return "" if path is None else _digest([Path(path).read_bytes()])
     except (OSError, TypeError):
         return ""

@@ -7,6 +7,7 @@ import os
 import platform
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def remove_left_over(folder: Path) -> None:
     for beside in folder.glob(f".*.{HOST}.*"):
         number = beside.name.rpartition(".")[2]
         if number.isdecimal() and not _runs(int(number)):
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink()
 
 
 def _runs(process: int) -> bool:

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import safetensors.numpy
@@ -29,25 +29,15 @@ SHOWN = 10
 """Differences between two manifests that a message spells out."""
 
 Whole = Annotated[int, Field(ge=0)]
+Dtype = Literal[
+    "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64"
+]
 
 
 class Form(Strict):
     """What an array holds of one row."""
 
-    dtype: Literal[
-        "bool",
-        "uint8",
-        "uint16",
-        "uint32",
-        "uint64",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "float16",
-        "float32",
-        "float64",
-    ]
+    dtype: Dtype
     shape: list[Whole]
 
 
@@ -262,6 +252,9 @@ def make_store(
         except OSError as error:
             raise DataError(f"{folder}: cannot be made: {error.strerror}.") from None
         arrays = dict(sorted(row().items()))
+        for name, array in arrays.items():
+            if array.dtype.name not in get_args(Dtype):
+                raise DataError(f"{folder}: '{name}' is {array.dtype}; a store keeps {', '.join(get_args(Dtype))}.")
         size = shard_rows or max(1, SHARD // max(1, sum(array.nbytes for array in arrays.values())))
         forms = {name: {"dtype": array.dtype.name, "shape": list(array.shape)} for name, array in arrays.items()}
         text = Manifest.model_validate({**plain, "shard_rows": size, "arrays": forms}).text().encode()

@@ -168,6 +168,23 @@ def test_features_of_other_types_are_kept_as_they_are(cache):
     assert torch.equal(plain[0, 3]["x"], kept[0, 3]["x"])
 
 
+def test_a_fit_that_sets_nothing_reads_nothing(cache):
+    class Plain(nn.Module):
+        time_axis = -1
+
+        def fit(self, clips):
+            return self
+
+        def forward(self, samples):
+            return samples * 2
+
+    for _ in range(2):
+        part, features = part_of(), Plain()
+        fit_features(features, part, cache)
+        assert part.reads == 0
+    assert torch.equal(Featured(part, features, cache=cache)[0, 1]["x"], part.x[1] * 2)
+
+
 # the key
 
 
@@ -222,7 +239,8 @@ def another_order():
     ids=["dtype", "settings", "class", "content", "id", "order", "fewer"],
 )
 def test_what_was_made_of_something_else_is_not_taken(cache, change):
-    kept = bytes_in(featured(part_of(), cache).part and cache.folder)
+    featured(part_of(), cache)
+    kept = bytes_in(cache.folder)
     part, other, features = change(cache)
     fit_features(features, part, other)
     made = Featured(part, features, cache=other)
@@ -244,7 +262,7 @@ def test_other_statistics_are_other_features(cache):
     torch.testing.assert_close(one - other, torch.full((2, 6), 3.0))
 
 
-@pytest.mark.parametrize("name", ["_source", "versions"])
+@pytest.mark.parametrize("name", ["source_of", "versions"])
 def test_other_code_or_versions_are_other_features(cache, monkeypatch, name):
     featured(part_of(), cache)
     monkeypatch.setattr(cache_module, name, lambda *_: "new")
