@@ -238,7 +238,7 @@ def test_arrays_that_are_not_those_of_the_manifest_are_not_written(tmp_path, cha
     "array", [np.zeros(2, complex), np.array(["a"]), np.array([None]), np.zeros(1, "M8[s]")], ids=str
 )
 def test_an_array_of_a_type_that_has_no_place_is_refused(tmp_path, array):
-    with pytest.raises(kdlib.DataError, match="'odd' is .*; a store keeps bool, uint8"):
+    with pytest.raises(kdlib.DataError, match=r"'odd' is .*; a store keeps bool, uint8"):
         make_store(tmp_path, {}, rows=1, row=lambda: {"odd": array})
     assert list(tmp_path.iterdir()) == []
 
