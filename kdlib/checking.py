@@ -27,14 +27,14 @@ def check(recipe: Recipe) -> Iterator[tuple[str, Report]]:
     """Yield a title and a report for each system, with networks as they are before training, or a teacher's weights."""
     parts = next(iter(make_data(recipe).values()))
     facts = facts_of(parts)
-    few = _Few(parts.train)
+    few = Few(parts.train)
     for name, system in recipe.systems.items():
         with named(recipe.data, system.features, system.source):
-            distiller, batch = _built(name, system, few, parts, facts)
+            distiller, batch = built(name, system, few, parts, facts)
         yield name, distiller.prepare(batch).check(batch)
 
 
-def _built(name: str, system: System, few: _Few, parts: DataParts, facts: Mapping[str, Any]) -> tuple[Distiller, Batch]:
+def built(name: str, system: System, few: Few, parts: DataParts, facts: Mapping[str, Any]) -> tuple[Distiller, Batch]:
     """Return a system's distiller and a batch of its data."""
     features: Any = None if system.features is None else make_features(system.features, facts)
     if hasattr(features, "fit"):
@@ -56,8 +56,8 @@ def _built(name: str, system: System, few: _Few, parts: DataParts, facts: Mappin
     return distiller, next(Loader(train, batch=size, keyed=True).epoch(0))
 
 
-class _Few:
-    """Some clips of each class of a part: enough to try everything."""
+class Few:
+    """Some clips of each class of a part, as a part: enough to try everything."""
 
     def __init__(self, part: DataPart) -> None:
         self.part = part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kdlib.errors import KdlibError
+from kdlib.errors import KdlibError, printable
 from kdlib.registry import register, registry
 
 MEANING = {
@@ -31,12 +32,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(help="Look a data set over, or make one.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 console = Console()
 errors = Console(stderr=True)
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe that comes with kdlib, or the path of a TOML or JSON file.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. train.epochs=5.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. rate=16000.")
 ]
 Modules = Annotated[
     list[str] | None, typer.Option("--plugin", metavar="MODULE", help="Register a module that can be imported.")
@@ -50,12 +56,20 @@ def run_command(
     plugins: Modules = None,
     out: Annotated[Path | None, typer.Option(help="The folder to make. Default: runs/NAME/TIME-DIGEST.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost on this machine.")] = False,
 ) -> None:
     """Run a recipe: train, distil, score, and show the rows."""
     from kdlib.recipe import read
     from kdlib.run import run
 
     _register(plugins)
+    if dry:
+        from kdlib.estimate import estimate
+
+        with console.status("trying each training for a few steps"):
+            cost = estimate(read(recipe, changes))
+        _show_cost(cost)
+        return
     say = (lambda _: None) if quiet else _print
     folder = run(read(recipe, changes), out, progress=not quiet, say=say)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -78,6 +92,68 @@ def check_command(recipe: RecipeName, changes: Changes = None, plugins: Modules 
         good = good and bool(report)
     if not good:
         raise KdlibError("Something is wrong; see the lines above.")
+
+
+@app.command("predict")
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    files: Annotated[list[Path], typer.Argument(help="Files to classify, of any length.")],
+    fold: Annotated[str | None, typer.Option(help="Of which fold. Default: the only one.")] = None,
+    system: Annotated[str | None, typer.Option(help="Of which system. Default: the fusion, or the only one.")] = None,
+    changes: Changes = None,
+    plugins: Modules = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All scores, one line a file, for programs.")] = False,
+) -> None:
+    """Classify files with the students of a finished run: class and highest scores of each."""
+    from rich.progress import track
+
+    from kdlib.predict import predict
+
+    _register(plugins)
+    bad = []
+    found = predict(run, files, fold=fold, system=system, changes=changes)
+    for file, scores in track(found, "files", total=len(files), transient=True, console=errors):
+        if isinstance(scores, KdlibError):
+            bad.append(str(scores))
+        elif as_json:
+            typer.echo(json.dumps({"file": str(file), "class": next(iter(scores)), "scores": scores}))
+        else:
+            best = ", ".join(f"{name} {value:.3g}" for name, value in list(scores.items())[:3])
+            _print(f"{file}: {next(iter(scores))}  ({best}{', ...' if len(scores) > 3 else ''})")
+    if bad:
+        raise KdlibError("\n".join(bad))
+
+
+@data_app.command("check")
+def data_check_command(
+    root: Annotated[Path, typer.Argument(help="The folder of the data set.")],
+    kind: Annotated[str, typer.Option(help="A registered data set that reads a folder.")] = "dcase",
+    changes: Settings = None,
+    plugins: Modules = None,
+) -> None:
+    """Read a whole data set, every fold and every clip, and list all that is wrong with it."""
+    from kdlib.survey import survey
+
+    _register(plugins)
+    found = survey(kind, {"root": str(root.absolute())}, changes)
+    _print(str(found))
+    if not found:
+        raise KdlibError("Something is wrong; see the lines above.")
+
+
+@data_app.command("make")
+def data_make_command(
+    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    kind: Annotated[str, typer.Option(help="A registered data set that can be written.")] = "synthetic_scenes",
+    changes: Settings = None,
+    plugins: Modules = None,
+) -> None:
+    """Write a data set that is made, not recorded, into a new folder."""
+    from kdlib.making import make
+
+    _register(plugins)
+    make(folder, kind, changes)
+    _print(f"Everything is in {folder}")
 
 
 @app.command("plugins")
@@ -132,9 +208,38 @@ def recipes_command(
     console.print(table)
 
 
-def _print(text: str) -> None:
-    """Print text as it is: names of files and plugins may hold brackets, and a path is one line."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _show_cost(cost: Any) -> None:
+    table = Table("system", "training", title="expected on this machine, roughly")
+    for column in ("steps", "s a step", "time", "memory"):
+        table.add_column(column, justify="right")
+    for one in cost.costs:
+        numbers = (str(one.steps), f"{one.step:.3g}", _time(one.seconds), _bytes(one.memory))
+        table.add_row(one.system, one.training, *numbers)
+    console.print(table)
+    folds = f"{cost.folds} folds, " if cost.folds > 1 else ""
+    _print(f"{folds}features and scoring {_time(cost.folds * cost.other)}: {_time(cost.seconds)} in all.")
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    _print(
+        f"Memory: {_bytes(cost.memory)} at most, of them {_bytes(cost.kept)} clips and features; this machine has "
+        f"{_bytes(there)}."
+    )
+    if cost.memory > there:
+        _print("That does not fit. Take a smaller train.batch, with train.accumulate to keep the updates.")
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
+
+
+def _print(text: str, to: Console = console) -> None:
+    """Print text as it is: names of files and plugins may hold anything, and a path is one line."""
+    to.print(printable(text, keep="\n\t"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _register(modules: list[str] | None) -> None:
@@ -177,13 +282,13 @@ def _table(result: dict[str, Any]) -> Table:
 
 def main() -> None:
     """Run the command. Exit codes: 0, 2 for a user's error (one message), 1 for a fault (with its traceback)."""
-    warnings.showwarning = lambda message, *_, **__: errors.print(f"warning: {message}", markup=False, highlight=False)
+    warnings.showwarning = lambda message, *_, **__: _print(f"warning: {message}", errors)
     try:
         app(standalone_mode=True)
     except KdlibError as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        _print(f"error: {error}", errors)
         for note in getattr(error, "__notes__", []):
-            errors.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)
+            _print(f"  {note}", errors)
         sys.exit(2)
     except Exception:
         traceback.print_exc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from kdlib.batch import as_batch, map_tensors
-from kdlib.errors import DataError
+from kdlib.errors import DataError, KdlibError
 from kdlib.interfaces import Batch, DataPart
 from kdlib.keyed import keyed as _keyed
 
@@ -158,7 +159,8 @@ class Loader:
         self._batches = _EpochBatches(len(self.dataset), batch, seed, shuffle)
         self._next = 0
         self._loader: DataLoader[Any] = DataLoader(
-            self.dataset,
+            _Telling(self.dataset),
+            collate_fn=_collate,
             batch_sampler=self._batches,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -175,7 +177,47 @@ class Loader:
         """Return the batches of one epoch."""
         self._next = epoch + 1
         self._batches.epoch = epoch
-        return iter(self._loader)
+        return _raising(iter(self._loader))
+
+
+class _Telling(Dataset[Any]):
+    """Returns a user's error instead of raising it, so that it comes out of a loader's process as it was.
+
+    A raised one comes with the traceback of that process as its text, and its own traceback keeps torch's workers
+    until they are collected as garbage, which takes 5 seconds for each.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        try:
+            return self.dataset[key]
+        except KdlibError as error:
+            return error.with_traceback(None) if _travels(error) else KdlibError(str(error))
+
+
+def _travels(error: Exception) -> bool:
+    """Tell whether an error can go to another process: torch waits for ever for what cannot be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
+
+
+def _collate(items: list[Any]) -> Any:
+    return next((item for item in items if isinstance(item, KdlibError)), None) or default_collate(items)
+
+
+def _raising(batches: Iterator[Any]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, KdlibError):
+            try:
+                raise batch
+            finally:
+                del batch  # it holds this frame, which holds the workers
+        yield batch
 
 
 def to_device(batch: Batch, device: torch.device, layout: torch.memory_format) -> dict[str, Any]:

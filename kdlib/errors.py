@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class KdlibError(Exception):
@@ -29,6 +30,9 @@ class RecipeError(KdlibError):
 class DataError(KdlibError):
     """A data set on disk is not what its reader expects."""
 
+    parts: Any = None
+    """What its reader could make of it all the same, for ``kdlib data check`` to read on; never trained on."""
+
 
 class TrainingError(KdlibError):
     """Training cannot start or cannot go on, for example at a loss that is not finite."""
@@ -42,3 +46,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     shown = names if len(names) <= 25 else names[:20]
     listed = ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
     return f"{hint} Known: {listed or 'none'}."
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return text with what a terminal would act on, or cannot show, written as escapes.
+
+    Args:
+        text: any text; a file name may hold line ends, escape sequences, and bytes of another encoding.
+        keep: characters to leave as they are.
+
+    Example:
+        >>> printable("caf\u00e9\x1b[2J\n.wav")
+        'café\\x1b[2J\\n.wav'
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

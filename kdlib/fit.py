@@ -147,7 +147,7 @@ def fit(
         valid_loader = Loader(wrap(as_part(valid)), batch=batch, shuffle=False, keyed=True)
 
     with ExitStack() as stack:
-        stack.enter_context(_threads(threads))
+        stack.enter_context(threads_set(threads))
         stack.enter_context(_modes_restored(distiller))
         place.module(distiller)
         with default_generators_keyed(place.device, seed, "step", "prepare"):
@@ -404,7 +404,8 @@ def _modes_restored(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def threads_set(threads: int | None) -> Iterator[None]:
+    """Give torch so many threads for a while; None leaves them as they are."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

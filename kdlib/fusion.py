@@ -39,6 +39,13 @@ class Scores:
         return self.values[np.ix_([row[name] for name in ids], [column[name] for name in classes])]
 
 
+def log_softmax(values: np.ndarray) -> np.ndarray:
+    """Return rows of log-probabilities, (N, K) float64."""
+    wide = values.astype(np.float64)
+    normalised: np.ndarray = wide - np.logaddexp.reduce(wide, axis=1, keepdims=True)
+    return normalised
+
+
 def fuse(
     systems: Mapping[str, Scores],
     *,
@@ -72,6 +79,6 @@ def fuse(
         if normalise == "z":
             values = (values - scores.spread[0]) / max(scores.spread[1], 1e-12)
         elif normalise == "log_softmax":
-            values = values - np.logaddexp.reduce(values, axis=1, keepdims=True)
+            values = log_softmax(values)
         matrices.append(values)
     return Scores(first.ids, first.classes, np.average(np.stack(matrices), axis=0, weights=share))

@@ -62,9 +62,10 @@ class DataPart(Protocol):
 
     The epoch keys augmentation; an epoch of -1 asks for the item as it is, without any.
 
-    One method is optional. ``fingerprint(index) -> str`` names the content of an item as it is: two items with one
-    fingerprint are equal, whatever they are called. It is a hash of all that the item is made of, such as the bytes of
-    its file and the settings of the reader. A cache on disk needs it.
+    Two methods are optional. ``memory()`` tells the bytes that a part keeps at most, for estimates.
+    ``fingerprint(index) -> str`` names the content of an item as it is: two items with one fingerprint are equal,
+    whatever they are called. It is a hash of all that the item is made of, such as the bytes of its file and the
+    settings of the reader. A cache on disk needs it.
     """
 
     @property
@@ -90,7 +91,20 @@ class DataPart(Protocol):
 
 
 class DataParts(Protocol):
-    """A data set split for one training: ``valid`` is None where nothing was split off."""
+    """A data set split for one training: ``valid`` is None where nothing was split off.
+
+    Optional: ``rate`` and ``channels`` are filled into the settings of models and features. ``skipped`` holds the id
+    and the reason of each item that was left out as bad, for the run's result. ``advice(errors, fine)`` is told what
+    reading raised and how many items could be read, and returns the settings under which all can be, for
+    ``kdlib data check``. ``write(folder)`` writes the whole data set into a new folder, for ``kdlib data make``.
+
+    A data-set plugin returns its parts, or a mapping from fold to parts. Of its settings ``root``, ``fold`` and
+    ``keep_in_memory`` the command ``kdlib data check`` sets those that there are: the folder, ``"all"`` and false.
+
+    Two attributes of the builder are optional. ``windows`` is a function of (path, settings) that reads one file as the
+    items' ``x`` before features, (windows, ...): then ``kdlib predict`` takes files of that kind. ``written`` holds
+    settings that ``kdlib data make`` takes where none are given.
+    """
 
     @property
     def train(self) -> DataPart:

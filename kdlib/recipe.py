@@ -191,6 +191,24 @@ def read(recipe: str | Path | Mapping[str, Any], changes: list[str] | None = Non
     return resolve(written, base)
 
 
+def read_data(kind: str, settings: Mapping[str, Any], changes: list[str] | None = None) -> Part:
+    """Read and check a ``[data]`` block that stands alone.
+
+    Args:
+        kind: a registered data set.
+        settings: its settings.
+        changes: as of :func:`read`, with or without ``data.`` before the key.
+
+    Example:
+        >>> read_data("digits", {"train": 100}, ["data.train=50"]).settings.train
+        50
+    """
+    block: Block = {"kind": kind, **settings}
+    for change in changes or []:
+        _apply(block, change.removeprefix("data."))
+    return _part("dataset", block, "data", Path.cwd())
+
+
 def find(recipe: str | Path) -> Path:
     """Return the path of a recipe by its path or, if it is a shipped one, by its name."""
     path = Path(recipe)

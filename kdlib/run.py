@@ -22,7 +22,7 @@ from kdlib.files import write_json
 from kdlib.fusion import Scores, fuse
 from kdlib.interfaces import DataPart, DataParts
 from kdlib.metrics import confusion_matrix, macro_accuracy, wilson_interval
-from kdlib.recipe import FUSED, Recipe
+from kdlib.recipe import FUSED, Part, Recipe
 from kdlib.registry import build
 from kdlib.system import train_system
 from kdlib.versions import versions
@@ -84,9 +84,13 @@ def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], 
         "classes": list(classes),
         "folds": list(folds),
         "facts": facts_of(next(iter(folds.values()))),
+        "spreads": _spreads(collected),
         "seconds": {"wall": time.perf_counter() - started, "cpu": time.process_time() - cpu},
         "environment": _environment(),
     }
+    skipping = [parts.skipped for parts in folds.values() if hasattr(parts, "skipped")]
+    if skipping:
+        result["skipped"] = dict(pair for pairs in skipping for pair in pairs)
     _write_predictions(folder / "predictions.csv", pooled, classes)
     write_json(folder / "result.json", result)
     return folder
@@ -107,7 +111,11 @@ def _quiet(quiet: bool) -> Iterator[None]:
 
 def make_data(recipe: Recipe) -> dict[str, DataParts]:
     """Build the data set of a recipe: its folds by name, or one split named ''."""
-    part = recipe.data
+    return open_data(recipe.data)
+
+
+def open_data(part: Part) -> dict[str, DataParts]:
+    """Build a data set: its folds by name, or one split named ''."""
     data = build(part.plugin, part.settings, {}, {}, part.at)
     folds = {str(fold): parts for fold, parts in data.items()} if isinstance(data, Mapping) else {"": data}
     if len({tuple(parts.classes) for parts in folds.values()}) != 1:
@@ -156,6 +164,16 @@ def _pooled(of: list[tuple[str, DataPart, Scores]], classes: tuple[str, ...]) ->
         labels.append(test.labels)
         predicted.append(numbers[values.argmax(axis=1)])
     return Pooled(ids, folds, np.concatenate(labels), np.concatenate(predicted))
+
+
+def _spreads(collected: Mapping[tuple[str, str], list[tuple[str, DataPart, Scores]]]) -> dict[str, Any]:
+    """Return mean and standard deviation of each network's training scores, for a fusion by z-norm later on."""
+    spreads: dict[str, Any] = {}
+    for (system, role), of in collected.items():
+        for fold, _, scores in of:
+            if system != FUSED:
+                spreads.setdefault(fold, {}).setdefault(system, {})[role] = list(scores.spread)
+    return spreads
 
 
 def _row(system: str, role: str, pooled: Pooled, classes: int) -> dict[str, Any]:

@@ -7,14 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
+from kdlib.batch import call
 from kdlib.building import load_weights, make_features, make_model
-from kdlib.errors import KdlibError
+from kdlib.errors import KdlibError, did_you_mean
 from kdlib.files import read_arrays, read_tensors
+from kdlib.fusion import Scores, fuse, log_softmax
 from kdlib.interfaces import Features, Scorer
 from kdlib.recipe import Recipe, read
 from kdlib.run import place_of
+from kdlib.system import stem
+
+ROWS = 32
+"""Inputs that a network sees at once."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,49 @@ class Run:
     """By system, with the statistics of the training part; empty where a system has none."""
     scorers: dict[str, Scorer]
     """By system, the student's; empty where the recipe has none."""
+    spreads: dict[str, tuple[float, float]]
+    """By system, mean and standard deviation of the scores on the training part."""
+
+    def scores(self, x: Tensor, system: str | None = None) -> np.ndarray:
+        """Return one score a class for inputs as the data set gives them, (N, ...) -> (N, K), columns as ``classes``.
+
+        Args:
+            x: what comes before features: for clips samples (N, channels, time).
+            system: the one to ask. Default: the fusion, or the only one.
+
+        Raises:
+            KdlibError: there is no such system; or there are several, the recipe fuses none, and none was named.
+        """
+        if system is not None and system not in self.students:
+            raise KdlibError(f"The run has no system '{system}'.{did_you_mean(system, self.students)}")
+        asked = list(self.students) if system is None else [system]
+        each = {name: self._scores(name, x) for name in asked}
+        fusion = self.recipe.fusion
+        if len(each) == 1:
+            fused = each[asked[0]]
+        elif fusion is None:
+            raise KdlibError(f"The run fuses nothing; name one of its systems: {', '.join(each)}.")
+        else:
+            fused = fuse(each, weights=fusion.weights, normalise=fusion.normalise)
+        values = np.full((len(x), len(self.classes)), -np.inf)  # of a class that the scorer has not seen
+        values[:, [self.classes.index(name) for name in fused.classes]] = fused.values
+        return values
+
+    @torch.inference_mode()
+    def _scores(self, system: str, x: Tensor) -> Scores:
+        pieces: dict[str, list[np.ndarray]] = {}
+        for rows in torch.split(x, ROWS):
+            features: Any = self.features.get(system)
+            seen = rows if features is None else features(rows)
+            for name, tap in call(self.students[system], seen).items():
+                pieces.setdefault(name, []).append(tap.float().numpy())
+        taps = {name: np.concatenate(piece) for name, piece in pieces.items()}
+        ids = tuple(str(row) for row in range(len(x)))
+        if system not in self.scorers:
+            return Scores(ids, self.classes, log_softmax(taps["logits"]), self.spreads[system])
+        scorer = self.scorers[system]
+        columns = tuple(self.classes[number] for number in scorer.classes_)
+        return Scores(ids, columns, scorer.scores(taps["embedding"]), self.spreads[system])
 
 
 def load_run(path: str | Path, fold: str | int | None = None) -> Run:
@@ -56,16 +107,21 @@ def load_run(path: str | Path, fold: str | int | None = None) -> Run:
         raise KdlibError(f"{folder}: no finished run; it has no result.json.") from None
     except ValueError as error:
         raise KdlibError(f"{folder}: result.json cannot be read: {error}.") from None
-    if not isinstance(result, dict) or not {"folds", "facts", "classes"} <= set(result):
-        raise KdlibError(f"{folder}: result.json is not that of a run: it lacks folds, facts or classes.")
+    lacking = {"folds", "facts", "classes", "spreads"} - set(result if isinstance(result, dict) else ())
+    if lacking:
+        raise KdlibError(f"{folder}: result.json is not that of a run: it lacks {', '.join(sorted(lacking))}.")
     chosen = _chosen(folder, result["folds"], fold)
     recipe = read(folder / "recipe.json")
     students: dict[str, nn.Module] = {}
     features: dict[str, Features] = {}
     scorers: dict[str, Scorer] = {}
+    spreads: dict[str, tuple[float, float]] = {}
     for name, system in recipe.systems.items():
         place = place_of(folder, chosen, name)
-        network, file = (system.teacher, "teacher") if system.source is None else (system.student, "student")
+        network, role = (system.teacher, "without") if system.source is None else (system.student, "with")
+        file = stem(role)
+        mean, deviation = result["spreads"][chosen][name][role]
+        spreads[name] = (float(mean), float(deviation))
         students[name] = make_model(network.model, result["facts"], network.train.seed)
         load_weights(students[name], place / f"{file}.safetensors", result["classes"])
         students[name].eval()
@@ -76,7 +132,7 @@ def load_run(path: str | Path, fold: str | int | None = None) -> Run:
         if recipe.scorer is not None:
             scorer: Any = recipe.scorer.plugin.build
             scorers[name] = scorer.from_state(read_arrays(place / f"{file}-scorer.safetensors"))
-    return Run(recipe, tuple(result["classes"]), result, students, features, scorers)
+    return Run(recipe, tuple(result["classes"]), result, students, features, scorers, spreads)
 
 
 def _chosen(folder: Path, folds: list[str], fold: str | int | None) -> str:

@@ -31,7 +31,7 @@ from kdlib.errors import RecipeError
 from kdlib.featured import Featured
 from kdlib.files import write_arrays, write_tensors
 from kdlib.fit import OPTIMIZERS, fit
-from kdlib.fusion import Scores
+from kdlib.fusion import Scores, log_softmax
 from kdlib.interfaces import DataPart, DataParts, Scorer
 from kdlib.points import HardLabels
 from kdlib.recipe import Network, Part, Recipe, System
@@ -237,7 +237,7 @@ def _scored(job: Job, role: str, network: nn.Module, train: DataPart, test: Data
     ids, classes = tuple(test.ids), tuple(job.parts.classes)
     seen, unseen = outputs(network, train, settings), outputs(network, test, settings)
     if job.scorer is None:
-        own, values = (_log_softmax(taps["logits"]) for taps in (seen, unseen))
+        own, values = (log_softmax(taps["logits"]) for taps in (seen, unseen))
         return Scores(ids, classes, values, _spread(own))
     if "embedding" not in seen:
         raise RecipeError(f"{job.scorer.at}: a scorer wants the tap 'embedding'; the model gives {', '.join(seen)}.")
@@ -251,12 +251,6 @@ def _scored(job: Job, role: str, network: nn.Module, train: DataPart, test: Data
 
 def _spread(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std())
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = logits.astype(np.float64)
-    normalised: np.ndarray = wide - np.logaddexp.reduce(wide, axis=1, keepdims=True)
-    return normalised
 
 
 def _save(path: Path, network: nn.Module, classes: Any) -> None:

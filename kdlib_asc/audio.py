@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from math import ceil, gcd
 from pathlib import Path
-from typing import Any, Literal
+from statistics import median_low
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +20,24 @@ LOUDEST = 8.0
 """Full scale is 1, and lossy codecs overshoot it a little. Larger values are integers saved as floating point."""
 
 _BLOCK = 1 << 18
+_UNSTATED = 0xFFFFFFFF  # RF64, or written to a pipe
 _OGG_PAGE = re.compile(rb"OggS\x00[\x00-\x07]")
 _OGG_TAIL = 1 << 17  # a page has at most 65307 bytes
+
+
+class Form(NamedTuple):
+    """What a clip is like beside its sound."""
+
+    rate: int
+    channels: int
+    frames: int
+
+
+class FormError(DataError):
+    """A sound file of another rate, number of channels or length than was wanted."""
+
+    found: Form
+    wanted: Form
 
 
 def read_audio(
@@ -66,31 +85,88 @@ def read_audio(
     path = Path(path)
     samples, found_rate = _decode(path)
     frames, found_channels = samples.shape
-    got = ceil(frames * rate / found_rate)
-    slack = 0 if found_rate == rate else max(1, ceil(rate / found_rate))
+    got, slack = _length_at(rate, frames, found_rate)
 
-    problems = []
-    if found_rate != rate and not resample:
-        problems.append(f"sample rate {found_rate} Hz, expected {rate} Hz (data.resample=true converts it)")
-    if found_channels != channels and not (channels == 1 and down_mix):
-        hint = "data.down_mix=true averages them" if channels == 1 else f"data.channels={found_channels} accepts it"
-        problems.append(f"channels: {found_channels}, expected {channels} ({hint})")
+    problems = _unlike(found_rate, found_channels, rate, channels, resample=resample, down_mix=down_mix)
     expected = f"expected {wanted} ({seconds:g} s at {rate} Hz)"
     if got < wanted - slack and not pad:
         problems.append(f"too short: {got} samples, {expected} (data.pad=true adds zeros at the end)")
     if got > wanted + slack and not crop:
         problems.append(f"too long: {got} samples, {expected} (data.crop=true cuts the end)")
     if problems:
-        raise DataError(f"{path}: {'; '.join(problems)}")
+        error = FormError(f"{path}: {'; '.join(problems)}")  # of one argument: a loader makes it anew from its text
+        error.found, error.wanted = Form(found_rate, found_channels, frames), Form(rate, channels, wanted)
+        raise error
 
-    if found_channels != channels:
-        samples = samples.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
-    if found_rate != rate:
-        samples = _resample(samples, found_rate, rate)
+    samples = _converted(samples, found_rate, rate, channels)
     out = np.zeros((channels, wanted), dtype=np.float32)
     kept = min(wanted, len(samples))
     out[:, :kept] = samples[:kept].T
     return torch.from_numpy(out)
+
+
+def read_windows(
+    path: str | Path, *, rate: int, channels: int, seconds: float, resample: bool = False, down_mix: bool = False
+) -> Tensor:
+    """Read a file of any length as windows of ``seconds`` that cover it, (windows, channels, samples) float32.
+
+    There are as few windows as cover the file; they begin evenly spaced, the first with the file, and the last ends
+    with it, so that neighbours overlap rather than leave a gap. A file shorter than one window is filled with zeros at
+    its end.
+
+    Args:
+        path: a file in any container that soundfile reads.
+        rate: wanted sample rate in Hz, at least 1.
+        channels: wanted number of channels, at least 1.
+        seconds: length of a window, above 0.
+        resample: convert another sample rate.
+        down_mix: average several channels into one, where ``channels`` is 1.
+
+    Raises:
+        DataError: as :func:`read_audio`, except for the length.
+
+    Source:
+        Ours: every clip of the paper has one length.
+    """
+    wanted = max(1, round(seconds * rate))
+    samples, found_rate = _decode(Path(path))
+    problems = _unlike(found_rate, samples.shape[1], rate, channels, resample=resample, down_mix=down_mix)
+    if problems:
+        raise DataError(f"{path}: {'; '.join(problems)}")
+    samples = _converted(samples, found_rate, rate, channels)
+    missing = max(0, wanted - len(samples))
+    whole = np.pad(samples, ((0, missing), (0, 0)))
+    starts = np.linspace(0, len(whole) - wanted, ceil(len(whole) / wanted)).round().astype(int)
+    return torch.from_numpy(np.stack([np.ascontiguousarray(whole[at : at + wanted].T) for at in starts]))
+
+
+def fitting(forms: Sequence[Form]) -> dict[str, Any]:
+    """Return the settings under which clips of these forms can be read, with as little conversion as there can be.
+
+    The rate is the most common one, the channels are those of all or else 1, the length is the median.
+
+    Args:
+        forms: of at least one clip.
+
+    Example:
+        >>> fitting([Form(44100, 1, 220500), Form(44100, 1, 220500), Form(44100, 1, 160000)])
+        {'rate': 44100, 'channels': 1, 'seconds': 5.0, 'pad': True}
+    """
+    rates, channels = Counter(form.rate for form in forms), {form.channels for form in forms}
+    rate = rates.most_common(1)[0][0]
+    lengths = [form.frames / form.rate for form in forms]
+    seconds = round(median_low(lengths), 6 if len(set(lengths)) == 1 else 2) or 0.01
+    wanted = round(seconds * rate)
+    samples = [_length_at(rate, form.frames, form.rate) for form in forms]
+    conversions = {
+        "resample": len(rates) > 1,
+        "down_mix": len(channels) > 1,
+        "pad": any(got < wanted - slack for got, slack in samples),
+        "crop": any(got > wanted + slack for got, slack in samples),
+    }
+    one = next(iter(channels)) if len(channels) == 1 else 1
+    settings = {"rate": rate, "channels": one, "seconds": seconds}
+    return settings | {name: True for name, needed in conversions.items() if needed}
 
 
 def audio_extensions() -> frozenset[str]:
@@ -121,7 +197,8 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
     """Return all samples (frames, channels) float32 and their rate, having refused what is damaged."""
     soundfile = _soundfile()
     if not path.is_file():
-        raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        absent = "a link that leads nowhere" if path.is_symlink() else "no such file"
+        raise DataError(f"{path}: {'not a file' if path.exists() else absent}")
     blocks = []
     try:
         with soundfile.SoundFile(path) as file:
@@ -130,7 +207,7 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
             while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
                 blocks.append(block)
         damage = _truncation(path)
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
+    except (RuntimeError, TypeError, ValueError, OSError, OverflowError) as error:
         raise DataError(f"{path}: not readable as audio: {error}") from error
     read = sum(map(len, blocks))
     if frames == 0:
@@ -147,6 +224,32 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
     return samples, rate
 
 
+def _unlike(
+    found_rate: int, found_channels: int, rate: int, channels: int, *, resample: bool, down_mix: bool
+) -> list[str]:
+    """Say where a file's form is not the wanted one and no setting allows it."""
+    problems = []
+    if found_rate != rate and not resample:
+        problems.append(f"sample rate {found_rate} Hz, expected {rate} Hz (data.resample=true converts it)")
+    if found_channels != channels and not (channels == 1 and down_mix):
+        hint = "data.down_mix=true averages them" if channels == 1 else f"data.channels={found_channels} accepts it"
+        problems.append(f"channels: {found_channels}, expected {channels} ({hint})")
+    return problems
+
+
+def _converted(samples: np.ndarray, found_rate: int, rate: int, channels: int) -> np.ndarray:
+    """Return samples (frames, channels) with the wanted number of channels at the wanted rate."""
+    if samples.shape[1] != channels:
+        samples = samples.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+    return samples if found_rate == rate else _resample(samples, found_rate, rate)
+
+
+def _length_at(rate: int, frames: int, found_rate: int) -> tuple[int, int]:
+    """Return how many samples a clip has at another rate, and by how many the conversion may miss."""
+    slack = 0 if found_rate == rate else max(1, ceil(rate / found_rate))
+    return ceil(frames * rate / found_rate), slack
+
+
 def _resample(samples: np.ndarray, found: int, wanted: int) -> np.ndarray:
     try:
         from scipy.signal import resample_poly
@@ -158,26 +261,46 @@ def _resample(samples: np.ndarray, found: int, wanted: int) -> np.ndarray:
 
 def _truncation(path: Path) -> str | None:
     """Say what the container lacks. libsndfile takes the length of these from what is there, without an error."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(12)
+        head = file.read(24)
         if head[:4] == b"OggS":
-            file.seek(-min(_OGG_TAIL, path.stat().st_size), 2)
+            file.seek(-min(_OGG_TAIL, size), 2)
             return None if _ogg_ends(file.read()) else "its last Ogg page does not end the stream"
-        if head[8:] not in (b"WAVE", b"AIFF", b"AIFC"):
-            return None
-        order: Literal["little", "big"] = "big" if head[:4] in (b"RIFX", b"FORM") else "little"
-        long_size = None
-        while len(chunk := file.read(8)) == 8:
-            size, start = int.from_bytes(chunk[4:], order), file.tell()
-            if chunk[:4] == b"ds64":  # RF64: the true size of the data chunk, behind that of the file
-                long_size = int.from_bytes(file.read(16)[8:], order)
-            if chunk[:4] in (b"data", b"SSND"):
-                if size == 0xFFFFFFFF:  # RF64, or written to a pipe and then without a stated size
-                    size = long_size or 0
-                there = path.stat().st_size - start
-                return f"the header states {size} bytes of samples, the file has {there}" if size > there else None
-            file.seek(start + size + size % 2)
-    return None
+        stated, there = _stated(file, head, size)
+    return f"the header states {stated} bytes of samples, the file has {there}" if stated > there else None
+
+
+def _stated(file: BinaryIO, head: bytes, size: int) -> tuple[int, int]:
+    """Return how many bytes of samples a header states and how many follow it; (0, 0) where it states none."""
+    if head[:4] == b".snd":
+        stated = int.from_bytes(head[8:12], "big")
+        return (0 if stated == _UNSTATED else stated), size - int.from_bytes(head[4:8], "big")
+    if head[:4] == b"riff":  # W64, which states the size of the whole file
+        return int.from_bytes(head[16:24], "little") - 24, size - 24
+    if head[:4] == b"caff":
+        for name, length, start in _chunks(file, 8, 8, "big"):
+            if name == b"data":
+                return (0 if length == (1 << 64) - 1 else length), size - start
+    if head[8:12] in (b"WAVE", b"AIFF", b"AIFC", b"8SVX", b"16SV"):
+        long_size = 0
+        for name, length, start in _chunks(file, 12, 4, "big" if head[:4] in (b"RIFX", b"FORM") else "little"):
+            if name == b"ds64":  # RF64: the true size of the data chunk, behind that of the file
+                long_size = int.from_bytes(file.read(16)[8:], "little")
+            if name in (b"data", b"SSND", b"BODY"):
+                return (long_size if length == _UNSTATED else length), size - start
+    return 0, 0
+
+
+def _chunks(
+    file: BinaryIO, start: int, width: int, order: Literal["little", "big"]
+) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, length and start of each chunk; lengths have ``width`` bytes, 4-byte ones are padded to even."""
+    file.seek(start)
+    while len(head := file.read(4 + width)) == 4 + width:
+        length, start = int.from_bytes(head[4:], order), file.tell()
+        yield head[:4], length, start
+        file.seek(start + length + (length % 2 if width == 4 else 0))
 
 
 def _ogg_ends(tail: bytes) -> bool:

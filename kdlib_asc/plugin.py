@@ -7,7 +7,7 @@ from typing import Any
 
 from kdlib import hookimpl
 from kdlib_asc.backbones import SpectrogramCNNGRU, WaveCNN
-from kdlib_asc.datasets import dcase, folder
+from kdlib_asc.datasets import dcase, folder, synthetic_scenes
 from kdlib_asc.features import PreEmphasis, Spectrogram
 from kdlib_asc.points import HiddenMse
 from kdlib_asc.scoring import Svm
@@ -22,8 +22,8 @@ def kdlib_models() -> dict[str, Callable[..., Any]]:
 
 @hookimpl
 def kdlib_datasets() -> dict[str, Callable[..., Any]]:
-    """Return the readers."""
-    return {"dcase": dcase, "folder": folder}
+    """Return the readers, and the scenes that are made."""
+    return {"dcase": dcase, "folder": folder, "synthetic_scenes": synthetic_scenes}
 
 
 @hookimpl

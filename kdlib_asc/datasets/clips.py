@@ -3,26 +3,55 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdlib import DataError, keyed
+from kdlib import DataError, keyed, unreadable
+from kdlib_asc.audio import FormError, fitting, read_windows
 
 Rate = Annotated[int, Field(ge=1)]
 Channels = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Bad = Literal["error", "skip"]
 
 SHOWN = 20
 """How many problems of a kind a report spells out; the others are counted."""
+FEW = 5
+"""How many a warning spells out."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def of_clips(**written: Any) -> Callable[[F], F]:
+    """Mark the builder of a data set of clips: ``build.windows(path, settings)`` reads any one file in its form.
+
+    That is what ``kdlib predict`` asks for, and ``written`` what ``kdlib data make`` takes; see
+    :class:`kdlib.interfaces.DataParts`.
+    """
+
+    def mark(build: F) -> F:
+        marked: Any = build
+        marked.windows = _windows
+        marked.written = written
+        return build
+
+    return mark
+
+
+def _windows(path: Path, settings: Any) -> Tensor:
+    names = ("rate", "channels", "seconds", "resample", "down_mix")
+    return read_windows(path, **{name: getattr(settings, name) for name in names if hasattr(settings, name)})
 
 
 class Clip(NamedTuple):
@@ -96,8 +125,11 @@ def scene_parts(
     seed: int,
     rate: int,
     channels: int,
+    skipped: Mapping[str, str] | None = None,
 ) -> SceneParts:
     """Make the parts of one training, with a share of the training part's groups split off for validation.
+
+    Bad clips are not among them; ``skipped`` has their reasons.
 
     Raises:
         DataError: ``validation`` is above 0 and no class has two groups to split.
@@ -118,7 +150,49 @@ def scene_parts(
         raise DataError(f"{store.root}: data.validation={validation:g}, but no class has two recordings to split")
     held_out = [clip for clip, goes in zip(train, out, strict=True) if goes]
     kept = [clip for clip, goes in zip(train, out, strict=True) if not goes]
-    return SceneParts(part(kept), part(held_out) if held_out else None, part(test), classes, rate, channels)
+    return SceneParts(
+        train=part(kept),
+        valid=part(held_out) if held_out else None,
+        test=part(test),
+        classes=classes,
+        rate=rate,
+        channels=channels,
+        skipped=tuple((skipped or {}).items()),
+    )
+
+
+def bad_clips(clips: Sequence[Clip], store: ClipStore) -> dict[str, str]:
+    """Read every clip once and return what is wrong with the bad ones, by id in their order, with one warning.
+
+    Nothing that was read is kept: it need not fit into the memory.
+    """
+    errors = unreadable([clip.id for clip in clips], lambda name: store.read(store.root / name), title="reading clips")
+    reasons = {name: str(error).removeprefix(f"{store.root / name}: ") for name, error in errors.items()}
+    if reasons:
+        counts = f"{len(reasons)} of {len(clips)} clips are bad and left out (data.bad='skip')"
+        few = listed([f"{name}: {reason}" for name, reason in reasons.items()])
+        warnings.warn(f"{store.root}: {counts}{few}", stacklevel=3)
+    return reasons
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Return the first few lines of a warning and the number of the others."""
+    more = [f"and {len(lines) - FEW} more"] if len(lines) > FEW else []
+    return "".join(f"\n  {line}" for line in [*lines[:FEW], *more])
+
+
+def add_emptied(problems: Problems, clips: Sequence[Clip], bad: Mapping[str, str], where: str) -> None:
+    """Note the classes of which only bad clips are there."""
+    left = {clip.label for clip in without(clips, bad)}
+    for label in sorted({clip.label for clip in clips} - left):
+        mine = [clip for clip in clips if clip.label == label]
+        detail = f"all {len(mine)} are bad, the first: {mine[0].id}: {bad[mine[0].id]}"
+        problems.add("class without a clip that can be read", f"{label} in {where}", detail)
+
+
+def without(clips: Sequence[Clip], bad: Mapping[str, str]) -> list[Clip]:
+    """Return the clips that are not bad."""
+    return [clip for clip in clips if clip.id not in bad]
 
 
 class ClipStore:
@@ -131,6 +205,7 @@ class ClipStore:
     Args:
         root: the folder that the names are relative to.
         read: reads one file, (channels, samples). Its settings are the keywords of a ``partial``.
+        made: ``read`` makes a clip from its name, and there is no file.
         keep: whether to keep anything.
         limit: bytes to keep at most, in each process; 2 GiB by default.
 
@@ -138,9 +213,18 @@ class ClipStore:
         Ours.
     """
 
-    def __init__(self, root: Path, read: Callable[[Path], Tensor], *, keep: bool = True, limit: int = 2 << 30) -> None:
+    def __init__(
+        self,
+        root: Path,
+        read: Callable[[Path], Tensor],
+        *,
+        made: bool = False,
+        keep: bool = True,
+        limit: int = 2 << 30,
+    ) -> None:
         self.root = root
         self.read = read
+        self.made = made
         self.keep = keep
         self.limit = limit
         self._kept: dict[str, Tensor] = {}
@@ -162,16 +246,8 @@ class ClipStore:
         """Return a hash of a clip's file, of the reader and of its settings; of its name where it is made, not read."""
         known = self._fingerprints.get(name)
         if known is None:
-            digest = hashlib.sha256(self._reader())
-            path = self.root / name
-            try:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-            except FileNotFoundError:
-                digest.update(name.encode())
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-            known = self._fingerprints[name] = digest.hexdigest()
+            content = name.encode() if self.made else _digest(self.root / name)
+            known = self._fingerprints[name] = hashlib.sha256(self._reader() + content).hexdigest()
         return known
 
     def _reader(self) -> bytes:
@@ -184,6 +260,14 @@ class ClipStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}, "_bytes": 0}
+
+
+def _digest(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 class Clips:
@@ -230,6 +314,10 @@ class Clips:
         """Return a hash of the bytes of a clip's file and of how it is read."""
         return self.store.fingerprint(self.ids[index])
 
+    def memory(self) -> int:
+        """Return the bytes of decoded clips that will be kept at most."""
+        return min(self.store.limit, len(self) * self[-1, 0]["x"].nbytes) if self.store.keep else 0
+
 
 @dataclass(frozen=True)
 class SceneParts:
@@ -242,6 +330,7 @@ class SceneParts:
         classes: the class names, sorted.
         rate: samples a second.
         channels: channels of a clip.
+        skipped: id and reason of each clip that was left out of the parts as bad.
     """
 
     train: Clips
@@ -250,6 +339,19 @@ class SceneParts:
     classes: tuple[str, ...]
     rate: int
     channels: int
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    def advice(self, errors: Sequence[Exception], fine: int) -> dict[str, Any]:
+        """Return the settings under which clips that were refused for their form would be read too.
+
+        Args:
+            errors: what reading raised, of whatever kind.
+            fine: how many clips could be read.
+        """
+        refused = [error for error in errors if isinstance(error, FormError)]
+        if not refused:
+            return {}
+        return fitting([error.found for error in refused] + [refused[0].wanted] * fine)
 
 
 class Problems:
@@ -272,8 +374,13 @@ class Problems:
         """Note one problem; of the same item only the first of a kind is kept, since folds repeat it."""
         self._kinds.setdefault(kind, {}).setdefault(item, detail)
 
-    def check(self, where: str | Path) -> None:
-        """Raise DataError with everything that was noted, numbered by kind, or do nothing where nothing was."""
+    def check(self, where: str | Path, parts: Callable[[], Any] = lambda: None) -> None:
+        """Raise DataError with everything that was noted, numbered by kind, or do nothing where nothing was.
+
+        Args:
+            where: what it is wrong with.
+            parts: makes what can be read on all the same, for ``kdlib data check``.
+        """
         if not self._kinds:
             return
         total = sum(map(len, self._kinds.values()))
@@ -283,4 +390,6 @@ class Problems:
             lines += [f"     {item}: {detail}" for item, detail in list(items.items())[:SHOWN]]
             if len(items) > SHOWN:
                 lines.append(f"     and {len(items) - SHOWN} more")
-        raise DataError("\n".join(lines))
+        error = DataError("\n".join(lines))
+        error.parts = parts()
+        raise error

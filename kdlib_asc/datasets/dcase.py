@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -11,9 +13,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kdlib import DataError
-from kdlib_asc.audio import read_audio
+from kdlib_asc.audio import audio_extensions, read_audio
 from kdlib_asc.datasets.clips import (
     SHOWN,
+    Bad,
     Channels,
     Clip,
     ClipStore,
@@ -22,7 +25,12 @@ from kdlib_asc.datasets.clips import (
     SceneParts,
     Seconds,
     Share,
+    add_emptied,
+    bad_clips,
+    listed,
+    of_clips,
     scene_parts,
+    without,
 )
 
 COLUMNS = ("filename", "scene_label", "identifier", "source_label")
@@ -33,6 +41,7 @@ _FOLD_FILE = re.compile(r"fold(\d+)_(train|test|evaluate)\.(txt|csv)")
 FoldFiles = dict[int, dict[str, Path]]
 
 
+@of_clips()
 def dcase(
     *,
     root: Path,
@@ -46,15 +55,17 @@ def dcase(
     crop: bool = False,
     validation: Share = 0.0,
     seed: int = 0,
+    bad: Bad = "error",
     keep_in_memory: bool = True,
 ) -> dict[int, SceneParts]:
-    """Open a data set in the DCASE 2018 task 1a layout: any folds, rate, channel count and container.
+    """Open a data set in the DCASE task 1 layout of 2018 to 2022: any folds, rate, channel count and container.
 
     ``meta.csv`` (TAB, header) gives each clip its class and, in its ``identifier`` column, its recording place; where
     that is empty the place is the first three dash-separated parts of the file name. ``fold<k>_train`` and
     ``fold<k>_evaluate`` (else ``fold<k>_test``, joined with the classes of ``meta.csv``) list the parts, as ``.txt`` or
     ``.csv``, with or without a header. Windows line ends and slashes, byte-order marks, blank lines, and a root one
-    folder too high or too low are accepted. Clips are read when they are asked for, not here.
+    folder too high or too low are accepted. Rows of ``meta.csv`` in no part are left alone. Clips are read when they
+    are asked for, not here, except with ``bad="skip"``.
 
     Args:
         root: the folder that holds ``meta.csv`` and ``evaluation_setup``.
@@ -68,6 +79,8 @@ def dcase(
         crop: cut long clips at their end.
         validation: share of each class's recording places in the training part to split off, 0 <= share < 1.
         seed: the key of that split.
+        bad: what to do with a clip that cannot be read as the settings say. ``"error"`` names it when it is read;
+            ``"skip"`` reads every clip here, and leaves the bad ones out of all parts with a warning.
         keep_in_memory: keep decoded clips, up to 2 GiB in each process.
 
     Returns:
@@ -76,7 +89,12 @@ def dcase(
     Raises:
         DataError: there is no such layout or fold; or, all in one report: a listed file that is missing, a clip in no
             row of ``meta.csv``, listed twice, in both parts or without a class, a class that disagrees with
-            ``meta.csv`` or has no training clip, a recording place in both parts, a path that leaves the folder.
+            ``meta.csv`` or has no training clip, a path that leaves the folder, a part of a class without a clip that
+            is not bad.
+
+    Warns:
+        UserWarning: a recording place in both parts, or bad clips that are left out. The published lists keep places
+            apart; in one's own lists it says that the test is easier than one at new places.
 
     Source:
         The paper's section 4.1 for the defaults (10 s, 48 kHz, stereo, fold 1). The checks and the validation split
@@ -97,7 +115,6 @@ def dcase(
     for number, (train, _) in chosen.items():
         for label in sorted(set(classes) - {clip.label for clip in train}):
             problems.add("class without a training clip", f"{label} in fold {number}", "it is in another part")
-    problems.check(base)
     read = partial(
         read_audio,
         rate=rate,
@@ -109,19 +126,26 @@ def dcase(
         crop=crop,
     )
     store = ClipStore(base, read, keep=keep_in_memory)
-    return {
-        number: scene_parts(
-            train,
-            test,
-            classes=classes,
-            store=store,
-            validation=validation,
-            seed=seed,
-            rate=rate,
-            channels=channels,
-        )
-        for number, (train, test) in chosen.items()
-    }
+    parts = partial(scene_parts, classes=classes, store=store, seed=seed, rate=rate, channels=channels)
+
+    def in_spite_of_the_problems() -> dict[int, SceneParts]:
+        there = {number: [_there(base, part) for part in both] for number, both in chosen.items()}
+        return {number: parts(train, test, validation=0) for number, (train, test) in there.items()}
+
+    _warn_of_shared_places(base, chosen)
+    problems.check(base, in_spite_of_the_problems)
+    clips = {clip.id: clip for both in chosen.values() for part in both for clip in part}
+    reasons = bad_clips(list(clips.values()), store) if bad == "skip" else {}
+    for number, (train, test) in chosen.items():
+        add_emptied(problems, train, reasons, f"the training part of fold {number}")
+        add_emptied(problems, test, reasons, f"the test part of fold {number}")
+    problems.check(base)
+
+    def of_good_clips(train: list[Clip], test: list[Clip]) -> SceneParts:
+        skipped = {clip.id: reasons[clip.id] for clip in (*train, *test) if clip.id in reasons}
+        return parts(without(train, reasons), without(test, reasons), validation=validation, skipped=skipped)
+
+    return {number: of_good_clips(train, test) for number, (train, test) in chosen.items()}
 
 
 def parse_table(text: str) -> list[dict[str, str]]:
@@ -159,15 +183,26 @@ def find_layout(root: Path) -> Path:
         raise DataError(f"data.root: several data sets lie in {root}: {names}. Name one of them.")
     if below or _is_layout(root.parent):
         return below[0] if below else root.parent
-    there = ", ".join(sorted(path.name for path in root.iterdir())[:SHOWN]) or "nothing"
+    inside = sorted(root.iterdir())
+    there = ", ".join(path.name for path in inside[:SHOWN]) or "nothing"
+    of_clips = [path for path in inside if path.is_dir() and _holds_clips(path)]
+    other = " If these folders are classes, it is a data set of kind 'folder'." if len(of_clips) > 1 else ""
     raise DataError(
         f"data.root: no data set in the DCASE layout: looked for a file meta.csv beside a folder evaluation_setup "
-        f"in {root}, in the folders in it, and in {root.parent}. {root} holds: {there}"
+        f"in {root}, in the folders in it, and in {root.parent}. {root} holds: {there}.{other}"
     )
 
 
 def _is_layout(folder: Path) -> bool:
     return (folder / "meta.csv").is_file() and (folder / "evaluation_setup").is_dir()
+
+
+def _holds_clips(folder: Path) -> bool:
+    endings = audio_extensions()
+    try:
+        return any(file.suffix.lower() in endings for file in folder.iterdir())
+    except OSError:  # not ours to look into
+        return False
 
 
 def _clip_name(cell: str) -> str:
@@ -236,15 +271,25 @@ def _read_fold(
     other = "evaluate" if "evaluate" in files else "test"
     train = _read_part(base, files["train"], meta, problems)
     test = _read_part(base, files[other], meta, problems)
-    both = train.keys() & test.keys()
-    for name in sorted(both):
+    for name in sorted(train.keys() & test.keys()):
         problems.add(f"clip in both train and {other}", name, f"in fold {number}")
-    places_train = Counter(clip.group for clip in train.values() if clip.id not in both)
-    places_test = Counter(clip.group for clip in test.values() if clip.id not in both)
-    for place in sorted(places_train.keys() & places_test.keys()):
-        counts = f"{places_train[place]} clips in train, {places_test[place]} in {other}, fold {number}"
-        problems.add(f"recording place in both train and {other}", place, counts)
     return list(train.values()), list(test.values())
+
+
+def _warn_of_shared_places(base: Path, chosen: Mapping[int, tuple[list[Clip], list[Clip]]]) -> None:
+    """Warn of recording places on both sides: sound from a place that was trained on is easier to tell."""
+    shared = []
+    for number, parts in chosen.items():
+        refused = set(parts[0]) & set(parts[1])  # a clip in both parts, which says the same of its place
+        train, test = (Counter(clip.group for clip in part if clip not in refused) for part in parts)
+        places = sorted(train.keys() & test.keys())
+        shared += [f"{place}: {train[place]} clips in train, {test[place]} in test, fold {number}" for place in places]
+    if shared:
+        warnings.warn(f"{base}: recording places in both train and test: {len(shared)}{listed(shared)}", stacklevel=3)
+
+
+def _there(base: Path, clips: list[Clip]) -> list[Clip]:
+    return [clip for clip in clips if (base / clip.id).is_file()]
 
 
 def _read_part(base: Path, path: Path, meta: dict[str, Clip], problems: Problems) -> dict[str, Clip]:

@@ -11,6 +11,7 @@ from pydantic import Field
 from kdlib import DataError
 from kdlib_asc.audio import audio_extensions, read_audio
 from kdlib_asc.datasets.clips import (
+    Bad,
     Channels,
     Clip,
     ClipStore,
@@ -19,11 +20,16 @@ from kdlib_asc.datasets.clips import (
     SceneParts,
     Seconds,
     Share,
+    add_emptied,
+    bad_clips,
+    of_clips,
     scene_parts,
     split_groups,
+    without,
 )
 
 
+@of_clips()
 def folder(
     *,
     root: Path,
@@ -37,13 +43,14 @@ def folder(
     crop: bool = False,
     validation: Share = 0.0,
     seed: int = 0,
+    bad: Bad = "error",
     keep_in_memory: bool = True,
 ) -> SceneParts:
     """Open a folder of class-named folders of clips and split it by recording.
 
     The recording of ``bus/tuesday__03.wav`` is ``tuesday``; without ``__`` it is the name without its ending. Hidden
     files, files that soundfile has no container for, and folders within a class are passed over. Clips are read when
-    they are asked for, not here.
+    they are asked for, not here, except with ``bad="skip"``.
 
     Args:
         root: the folder with one folder for each class.
@@ -57,11 +64,17 @@ def folder(
         crop: cut long clips at their end.
         validation: share of each class's recordings left for training to split off, 0 <= share < 1.
         seed: the key of both splits.
+        bad: what to do with a clip that cannot be read as the settings say. ``"error"`` names it when it is read;
+            ``"skip"`` reads every clip here, and leaves the bad ones out with a warning before anything is drawn.
         keep_in_memory: keep decoded clips, up to 2 GiB in each process.
 
     Raises:
         DataError: there is no such folder; or, all in one report: fewer than two classes, a class without clips or
-            with fewer than two recordings, a class that the split leaves without a test clip.
+            with fewer than two recordings, a class that the split leaves without a test clip, a file name that is
+            not UTF-8, a class without a clip that is not bad.
+
+    Warns:
+        UserWarning: bad clips that are left out.
 
     Source:
         Ours.
@@ -73,16 +86,6 @@ def folder(
     root = root.absolute()
     if not root.is_dir():
         raise DataError(f"data.root: {'not a folder' if root.exists() else 'no such folder'}: {root}")
-    problems = Problems()
-    clips = _find_clips(root, problems)
-    problems.check(root)
-    classes = tuple(sorted({clip.label for clip in clips}))
-    numbers = [classes.index(clip.label) for clip in clips]
-    out = split_groups(numbers, [clip.group for clip in clips], test, seed, purpose="test")
-    tested = {clip.label for clip, goes in zip(clips, out, strict=True) if goes}
-    for label in sorted(set(classes) - tested):
-        problems.add("class without a test clip", label, "its recordings are those of other classes; rename them")
-    problems.check(root)
     read = partial(
         read_audio,
         rate=rate,
@@ -93,16 +96,26 @@ def folder(
         pad=pad,
         crop=crop,
     )
-    return scene_parts(
-        [clip for clip, goes in zip(clips, out, strict=True) if not goes],
-        [clip for clip, goes in zip(clips, out, strict=True) if goes],
-        classes=classes,
-        store=ClipStore(root, read, keep=keep_in_memory),
-        validation=validation,
-        seed=seed,
-        rate=rate,
-        channels=channels,
-    )
+    store = ClipStore(root, read, keep=keep_in_memory)
+    problems = Problems()
+    clips = _find_clips(root, problems)
+    classes = tuple(sorted({clip.label for clip in clips}))
+    parts = partial(scene_parts, classes=classes, store=store, seed=seed, rate=rate, channels=channels)
+    _check_recordings(clips, problems)
+    problems.check(root, lambda: parts(clips, [], validation=0))
+    reasons = bad_clips(clips, store) if bad == "skip" else {}
+    add_emptied(problems, clips, reasons, "the folder")
+    good = without(clips, reasons)
+    _check_recordings(good, problems)
+    problems.check(root)
+    numbers = [classes.index(clip.label) for clip in good]
+    out = split_groups(numbers, [clip.group for clip in good], test, seed, purpose="test")
+    kept = [clip for clip, goes in zip(good, out, strict=True) if not goes]
+    tested = [clip for clip, goes in zip(good, out, strict=True) if goes]
+    for label in sorted(set(classes) - {clip.label for clip in tested}):
+        problems.add("class without a test clip", label, "its recordings are those of other classes; rename them")
+    problems.check(root, lambda: parts(clips, [], validation=0))
+    return parts(kept, tested, validation=validation, skipped=reasons)
 
 
 def recording(stem: str) -> str:
@@ -123,23 +136,35 @@ def _find_clips(root: Path, problems: Problems) -> list[Clip]:
         found = ", ".join(path.name for path in classes) or "none"
         problems.add("fewer than two class folders", str(root), f"found {found}")
     for path in classes:
-        visible = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
-        mine = [
-            Clip(f"{path.name}/{file.name}", path.name, recording(file.stem))
-            for file in visible
-            if file.suffix.lower() in endings
-        ]
-        names = sorted({clip.group for clip in mine})
+        if not _utf8(path.name):
+            problems.add("folder name that is not UTF-8", ascii(path.name), "rename it")
+        visible = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
+        mine = [file for file in visible if file.suffix.lower() in endings]
+        for file in mine:
+            if not _utf8(file.name):
+                problems.add("file name that is not UTF-8", ascii(file.name), f"in {path.name}; rename it")
         if not mine:
             other = ", ".join(sorted({file.suffix or file.name for file in visible})) or "no files"
             problems.add(
                 "class without clips", path.name, f"found {other}; expected one of {', '.join(sorted(endings))}"
             )
-        elif len(names) < 2:
-            problems.add(
-                "class with fewer than two recordings",
-                path.name,
-                f"{len(mine)} clips of {names[0]!r}; one part needs another",
-            )
-        clips += mine
+        clips += [Clip(f"{path.name}/{file.name}", path.name, recording(file.stem)) for file in mine]
     return clips
+
+
+def _utf8(name: str) -> bool:
+    """Tell whether a name can be written to a file of results."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_recordings(clips: list[Clip], problems: Problems) -> None:
+    """Note the classes whose clips are all of one recording: it cannot be in both parts."""
+    for label in sorted({clip.label for clip in clips}):
+        groups = [clip.group for clip in clips if clip.label == label]
+        if len(set(groups)) < 2:
+            detail = f"{len(groups)} clips of {groups[0]!r}; one part needs another"
+            problems.add("class with fewer than two recordings", label, detail)

@@ -364,7 +364,7 @@ def test_the_recipes_are_listed_and_printed(kdlib, sites, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = kdlib("recipes")
     assert code == 0
-    for name in ("digits", "asc_esc10", "digits_cosine"):
+    for name in ("digits", "asc_esc10", "asc_quick", "digits_cosine"):
         first = find(name).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         assert any(name in line and first in line for line in out.splitlines())
     code, out, _ = kdlib("recipes", "digits")

@@ -1,5 +1,7 @@
 """The loader: an order keyed by (seed, epoch), the same for any number of workers."""
 
+import multiprocessing
+import threading
 from collections import namedtuple
 
 import pytest
@@ -231,6 +233,62 @@ def test_items_that_are_neither_pairs_nor_mappings_are_refused():
     data = TensorDataset(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3))
     with pytest.raises(kdlib.BatchError, match="tuple"):
         next(iter(kdlib.Loader(data, batch=2)))
+
+
+# items that cannot be read
+
+
+class Spoilt(Views):
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, key):
+        if key[1] == 5:
+            raise self.error()
+        return super().__getitem__(key)
+
+
+class Unsendable(kdlib.DataError):
+    def __init__(self):
+        super().__init__("clip-5: no pickle takes this")
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.timeout(30)
+def test_an_error_of_the_middle_of_an_epoch_comes_out_as_it_was(workers):
+    loader = kdlib.Loader(Spoilt(lambda: kdlib.DataError("clip-5: cut")), batch=2, shuffle=False, workers=workers)
+    batches = iter(loader)
+    assert indices([next(batches), next(batches)]) == [[0, 1], [2, 3]]
+    with pytest.raises(kdlib.DataError, match=r"^clip-5: cut$"):
+        next(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.timeout(30)
+def test_an_error_that_cannot_be_sent_from_a_worker_does_not_hang(workers):
+    loader = kdlib.Loader(Spoilt(Unsendable), batch=2, shuffle=False, workers=workers)
+    with pytest.raises(kdlib.KdlibError, match=r"^clip-5: no pickle takes this$"):
+        list(loader)
+
+
+@pytest.mark.timeout(30)
+def test_the_workers_are_gone_after_an_error():
+    before = set(multiprocessing.active_children())
+    loader = kdlib.Loader(Spoilt(lambda: kdlib.DataError("clip-5: cut")), batch=2, shuffle=False, workers=2)
+    with pytest.raises(kdlib.DataError):
+        list(loader)
+    assert len(set(multiprocessing.active_children()) - before) == 2  # for another epoch
+    del loader
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_fault_of_a_data_set_is_raised_where_it_is():
+    def fault():
+        return RuntimeError("the dog ate it")
+
+    with pytest.raises(RuntimeError, match="the dog ate it"):
+        list(kdlib.Loader(Spoilt(fault), batch=2, shuffle=False))
 
 
 # data parts and devices

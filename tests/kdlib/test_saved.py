@@ -1,5 +1,6 @@
 """A run taken up again gives what the run gave."""
 
+import dataclasses
 import json
 import shutil
 
@@ -186,6 +187,50 @@ def test_a_moved_folder_is_loaded_from_anywhere(folders, tmp_path, monkeypatch):
     moved = shutil.copytree(folders["scored"], tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     assert outputs(kdlib.load_run("elsewhere"), digits().test) == predicted(moved)
+
+
+# scores
+
+
+def rows_of(test):
+    return torch.stack([test[kdlib.CLEAN, index]["x"] for index in range(len(test))])
+
+
+@pytest.mark.parametrize("name", ["plain", "scored", "svm"])
+def test_scores_are_those_that_the_run_predicted_by(folders, name):
+    loaded = kdlib.load_run(folders[name])
+    scores = loaded.scores(rows_of(digits().test))
+    assert scores.shape == (len(digits().test), 10)
+    assert [loaded.classes[number] for number in scores.argmax(1)] == predicted(folders[name])
+
+
+def test_scores_of_several_systems_are_fused_as_the_run_fused_them(mine, tmp_path):
+    systems = {
+        name: {**{key: DIGITS[key] for key in ("source", "points")}, "model": {"kind": "digits_mlp", "width": width}}
+        for name, width in (("narrow", 6), ("wide", 24))
+    }
+    fusion = {"weights": {"wide": 3.0}, "normalise": "z"}
+    recipe = {key: DIGITS[key] for key in ("name", "data", "train")} | {"systems": systems, "fusion": fusion}
+    folder = run(read({**recipe, "scorer": {"kind": "svm"}}), tmp_path / "two", progress=False)
+    loaded = kdlib.load_run(folder)
+    x = rows_of(digits().test)
+    lines = [line.split(",") for line in (folder / "predictions.csv").read_text().splitlines()[1:]]
+    for system, name in ((None, "fusion"), ("narrow", "narrow"), ("wide", "wide")):
+        seen = [loaded.classes[number] for number in loaded.scores(x, system).argmax(1)]
+        assert seen == [line[5] for line in lines if line[:2] == [name, "with"]]
+
+
+def test_scores_of_an_unknown_system_and_of_systems_that_are_not_fused(folders, tmp_path):
+    loaded = kdlib.load_run(folders["plain"])
+    with pytest.raises(kdlib.KdlibError, match=r"no system 'man'.*Did you mean 'main'"):
+        loaded.scores(torch.zeros(1, 64), "man")
+    both = dataclasses.replace(
+        loaded,
+        students=dict.fromkeys("ab", loaded.students["main"]),
+        spreads=dict.fromkeys("ab", loaded.spreads["main"]),
+    )
+    with pytest.raises(kdlib.KdlibError, match="name one of its systems: a, b"):
+        both.scores(torch.zeros(1, 64))
 
 
 # errors

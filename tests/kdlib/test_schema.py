@@ -236,7 +236,7 @@ def test_one_plugin_with_an_odd_setting_does_not_take_the_schema_from_all(fresh)
 # what it says of recipes
 
 
-@pytest.mark.parametrize("name", ["digits", "asc_esc10"])
+@pytest.mark.parametrize("name", ["digits", "asc_esc10", "asc_quick"])
 def test_the_shipped_recipes_fit(whole, name):
     assert fits(toml(name), whole, whole)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import soundfile
 import torch
 
 from kdlib import DataError, KdlibError
-from kdlib_asc.audio import audio_extensions, read_audio
+from kdlib_asc.audio import Form, FormError, audio_extensions, fitting, read_audio, read_windows
 
 RATE = 8000
 
@@ -283,6 +284,53 @@ def test_missing_soundfile_says_what_to_install(tmp_path: Path, monkeypatch: pyt
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("forms", "expected"),
+    [
+        ([(48000, 2, 480000)] * 3, {"rate": 48000, "channels": 2, "seconds": 10.0}),
+        ([(8000, 1, 1000)], {"rate": 8000, "channels": 1, "seconds": 0.125}),
+        (
+            [(44100, 1, 220500)] * 3 + [(44100, 2, 220500)],
+            {"rate": 44100, "channels": 1, "seconds": 5.0, "down_mix": True},
+        ),
+        (
+            [(44100, 2, 44100)] * 3 + [(48000, 2, 48000)],
+            {"rate": 44100, "channels": 2, "seconds": 1.0, "resample": True},
+        ),
+        (
+            [(100, 1, 300), (100, 1, 400), (100, 1, 500)],
+            {"rate": 100, "channels": 1, "seconds": 4.0, "pad": True, "crop": True},
+        ),
+    ],
+)
+def test_settings_that_fit_clips_of_some_forms(forms: list[tuple[int, int, int]], expected: dict[str, Any]) -> None:
+    assert fitting([Form(*form) for form in forms]) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_settings_that_fit_read_every_clip(tmp_path: Path, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    forms = [
+        Form(int(draw.choice([8000, 11025])), int(draw.integers(1, 3)), int(draw.integers(50, 9000))) for _ in "1234"
+    ]
+    paths = [
+        write(tmp_path / f"{number}.wav", noise(form.frames, form.channels), form.rate)
+        for number, form in enumerate(forms)
+    ]
+    settings = fitting(forms)
+    for path in paths:
+        read_audio(path, **settings)
+
+
+def test_error_of_another_form_tells_both(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", noise(100, 2), 11025)
+    with pytest.raises(FormError) as caught:
+        read(path)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.found, again.wanted) == (Form(11025, 2, 100), Form(8000, 1, 4000))
+    assert str(again) == str(caught.value)
+
+
 def test_extensions_are_those_of_containers_that_tell_their_rate() -> None:
     assert {".wav", ".flac", ".ogg", ".aif", ".mp3"} <= audio_extensions()
     assert ".raw" not in audio_extensions()
@@ -297,3 +345,34 @@ def test_importing_the_readers_and_the_scorer_imports_no_audio_and_no_svm_librar
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# windows
+
+
+def windows(path: Path, **settings: Any) -> torch.Tensor:
+    return read_windows(path, **{"rate": RATE, "channels": 1, "seconds": 0.5, **settings})
+
+
+@pytest.mark.parametrize(("frames", "starts"), [(4000, [0]), (8000, [0, 4000]), (9000, [0, 2500, 5000])])
+def test_windows_cover_a_file_from_its_first_to_its_last_sample(tmp_path: Path, frames: int, starts: list[int]) -> None:
+    samples = noise(frames)
+    found = windows(write(tmp_path / "a.wav", samples, subtype="FLOAT"))
+    assert found.shape == (len(starts), 1, 4000)
+    for window, start in zip(found, starts, strict=True):
+        np.testing.assert_array_equal(window[0].numpy(), samples[start : start + 4000, 0])
+
+
+def test_a_file_shorter_than_a_window_ends_in_zeros(tmp_path: Path) -> None:
+    samples = noise(10)
+    found = windows(write(tmp_path / "a.wav", samples, subtype="FLOAT"))
+    np.testing.assert_array_equal(found[0, 0, :10].numpy(), samples[:, 0])
+    assert not found[0, 0, 10:].any()
+
+
+def test_windows_of_another_form_are_refused_or_converted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", noise(16000, channels=2), 2 * RATE)
+    with pytest.raises(DataError, match=r"a\.wav: sample rate 16000 Hz.*channels: 2, expected 1"):
+        windows(path)
+    found = windows(path, resample=True, down_mix=True, seconds=1.0)
+    np.testing.assert_array_equal(found[0], read(path, resample=True, down_mix=True, seconds=1.0))

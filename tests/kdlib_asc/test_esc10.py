@@ -10,6 +10,7 @@ import torch
 
 import kdlib
 from kdlib.checking import check
+from kdlib.predict import predict
 from kdlib.recipe import find, read
 from kdlib.run import run
 from kdlib_asc.datasets import dcase
@@ -125,3 +126,9 @@ def test_the_students_embed_a_clip_of_their_own_accord(folder, folds):
         scores = loaded.scorers[name].scores(taps["embedding"].numpy())
         assert scores.shape == (1, 4)
         assert np.isfinite(scores).all()
+
+
+def test_the_clips_as_files_get_the_classes_that_the_run_gave_them(folder):
+    lines = [line.split(",") for line in (folder / "predictions.csv").read_text().splitlines()[1:]]
+    of_run = {TINY / line[3]: line[5] for line in lines if line[:2] == ["fusion", "with"]}
+    assert {file: next(iter(scores)) for file, scores in predict(folder, list(of_run))} == of_run

@@ -15,9 +15,8 @@ import soundfile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
-from kdlib import DataError
+from kdlib import DataError, Loader
 from kdlib.interfaces import DataPart
 from kdlib_asc.datasets import Clips, ClipStore, SceneParts, dcase, split_groups
 from kdlib_asc.datasets.clips import Problems
@@ -245,9 +244,67 @@ def test_damaged_clip_in_a_loader_worker_stops_the_run_and_is_named(root: Path) 
     damaged = root / TRAIN[3]
     damaged.write_bytes(damaged.read_bytes()[:-8])
     part: Any = load(root).train
-    loader = DataLoader(part, sampler=[(0, i) for i in range(12)], batch_size=2, num_workers=1, timeout=30)
-    with pytest.raises(DataError, match=rf"{damaged.name}: truncated"):
-        list(loader)
+    with pytest.raises(DataError, match=rf"^{damaged}: truncated"):
+        list(Loader(part, batch=2, workers=1))
+
+
+# bad clips
+
+
+def spoil(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).write_bytes((root / name).read_bytes()[:-8])
+
+
+def test_bad_clips_are_left_out_of_every_part_before_anything_is_drawn(root: Path) -> None:
+    second_fold(root)
+    spoil(root, TRAIN[3], TEST[0])
+    with pytest.warns(UserWarning, match=rf"2 of 16 clips are bad and left out.*\n  {TRAIN[3]}: truncated"):
+        folds = dcase(root=root, fold="all", bad="skip", validation=0.3, **FORM)
+    for parts in folds.values():
+        assert {name for name, _ in parts.skipped} == {TRAIN[3], TEST[0]}
+        assert all(reason.startswith("truncated: ") for _, reason in parts.skipped)
+    parts = folds[1]
+    assert parts.valid is not None
+    assert sorted([*parts.train.ids, *parts.valid.ids]) == sorted(set(TRAIN) - {TRAIN[3]})
+    assert list(parts.test.ids) == TEST[1:]
+    for part in (parts.train, parts.valid, parts.test):
+        for index in range(len(part)):
+            assert part[0, index]["x"].shape == (1, 80)
+
+
+def test_skip_with_nothing_bad_is_silent_and_changes_nothing(root: Path) -> None:
+    parts = load(root, bad="skip")
+    assert (list(parts.train.ids), list(parts.test.ids), parts.skipped) == (TRAIN, TEST, ())
+
+
+def test_class_of_which_only_bad_clips_are_there_is_an_error(root: Path) -> None:
+    spoil(root, *[name for name in TEST if scene(name) == "park"])
+    with pytest.warns(UserWarning, match="2 of 16"):
+        message = refusal(root, bad="skip")
+    assert "class without a clip that can be read (1):\n     park in the test part of fold 1: all 2 are bad" in message
+    assert "truncated" in message
+
+
+def test_every_clip_of_another_form_is_an_error_that_says_which(root: Path) -> None:
+    with pytest.warns(UserWarning, match="and 11 more"):
+        message = refusal(root, bad="skip", rate=16000)
+    assert "class without a clip that can be read (4):" in message
+    assert "data.resample=true" in message
+
+
+def test_settings_that_would_read_the_clips(root: Path) -> None:
+    parts = load(root, rate=48000, channels=2, seconds=10.0)
+    errors = []
+    for index in range(12):
+        with pytest.raises(DataError) as caught:
+            parts.train[0, index]
+        errors.append(caught.value)
+    assert parts.advice(errors, 0) == {"rate": 8000, "channels": 1, "seconds": 0.01}
+    assert parts.advice(errors[:2], 10) == {
+        "rate": 48000, "channels": 1, "seconds": 10.0, "resample": True, "down_mix": True, "pad": True
+    }  # fmt: skip
+    assert parts.advice([DataError("truncated")], 3) == {}
 
 
 # validation
@@ -402,11 +459,10 @@ def test_clip_in_both_parts(root: Path, evaluate: bool) -> None:
     assert "recording place" not in message
 
 
-def test_recording_place_in_both_parts(root: Path) -> None:
+def test_recording_place_in_both_parts_is_a_warning_for_it_may_be_meant(root: Path) -> None:
     edit(root / "meta.csv", lambda text: text.replace("\tbus-kiev-7\t", "\tbus-rome-1\t"))
-    message = refusal(root)
-    assert "recording place in both train and evaluate (1):" in message
-    assert "bus-rome-1: 2 clips in train, 1 in evaluate, fold 1" in message
+    with pytest.warns(UserWarning, match=r"places in both .*: 1\n  bus-rome-1: 2 clips in train, 1 in test, fold 1$"):
+        assert len(load(root).test) == 4
 
 
 def test_class_that_disagrees_with_meta(root: Path) -> None:
@@ -485,6 +541,14 @@ def test_folder_of_another_layout_says_what_was_looked_for_and_where(root: Path)
     message = refusal(root)
     for word in ("meta.csv", "evaluation_setup", str(root), str(root.parent), "labels.csv"):
         assert word in message
+
+
+def test_folder_of_class_folders_is_told_to_be_of_the_other_kind(tmp_path: Path) -> None:
+    for scene in ("bus", "park"):
+        (tmp_path / scene).mkdir()
+        assert "kind 'folder'" not in refusal(tmp_path)
+        soundfile.write(tmp_path / scene / "a.flac", np.zeros(80), 8000)
+    assert "If these folders are classes, it is a data set of kind 'folder'." in refusal(tmp_path)
 
 
 def test_several_data_sets_in_root(root: Path) -> None:
@@ -631,7 +695,7 @@ def test_a_file_is_hashed_once_in_a_process(root: Path) -> None:
 
 def test_a_clip_that_is_made_and_not_read_has_the_fingerprint_of_its_name_and_its_settings() -> None:
     def stores(**settings: int) -> ClipStore:
-        return ClipStore(Path(), partial(made, **settings))
+        return ClipStore(Path(), partial(made, **settings), made=True)
 
     names = {stores(seed=seed).fingerprint(name) for seed in (0, 1) for name in ("a", "b")}
     assert len(names) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,54 @@ def test_clip_of_another_form_is_refused_on_reading(root: Path) -> None:
     with pytest.raises(DataError, match=r"\.wav: sample rate 8000 Hz, expected 16000 Hz \(data\.resample=true"):
         parts.train[0, 0]
     assert load(root, rate=16000, resample=True).train[0, 0]["x"].shape == (1, 160)
+
+
+# bad clips
+
+
+def spoil(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def test_skip_that_leaves_one_recording_of_a_class_is_an_error(root: Path) -> None:
+    for recording in ("mon", "tue", "wed"):
+        for take in (1, 2):
+            spoil(root / f"bus/bus_{recording}__{take}.wav")
+    assert len(load(root).train) == 12
+    with pytest.warns(UserWarning, match="6 of 16 clips are bad"):
+        message = refusal(root, bad="skip")
+    assert "class with fewer than two recordings (1):\n     bus: 2 clips of 'bus_thu'" in message
+
+
+def test_skip_that_leaves_no_clip_of_a_class_is_an_error(root: Path) -> None:
+    for path in (root / "park").iterdir():
+        spoil(path)
+    with pytest.warns(UserWarning, match="8 of 16 clips are bad"):
+        message = refusal(root, bad="skip")
+    assert "class without a clip that can be read (1):\n     park in the folder: all 8 are bad, the first: " in message
+
+
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, lambda path: path.symlink_to("gone.wav")], ids=["folder", "dangling_link"]
+)
+def test_what_has_the_name_of_a_clip_and_is_none_is_a_bad_clip(root: Path, make: Callable[[Path], object]) -> None:
+    make(root / "bus/bus_fri__1.wav")
+    with pytest.warns(UserWarning, match=r"1 of 17 clips are bad.*\n  bus/bus_fri__1\.wav: (not a file|a link that)"):
+        parts = load(root, bad="skip")
+    assert len(parts.train) + len(parts.test) == 16
+
+
+def test_name_that_no_result_could_hold(root: Path) -> None:
+    try:
+        (root / "bus/bus_mon__1.wav").rename(root / "bus/caf\udce9__1.wav")
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    assert r"file name that is not UTF-8 (1):" in refusal(root)
+    assert r"caf\udce9__1.wav" in refusal(root)
+
+
+def test_what_can_be_read_in_spite_of_the_problems_comes_with_the_error(root: Path) -> None:
+    clip(root / "tram/only__1.wav")
+    with pytest.raises(DataError) as caught:
+        load(root)
+    assert len(caught.value.parts.train) == 17
