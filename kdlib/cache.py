@@ -33,8 +33,8 @@ class Cache:
 
     Each part of each set of features is a :class:`kdlib.store.Store` of its own in the folder, named by a hash of the
     features (``made_by``, their module's source, their state with its statistics), the data (ids, and the fingerprint
-    of each item), ``dtype`` and the versions of torch, numpy and the audio libraries. What no longer fits is not found,
-    and never used; any of the stores may be deleted.
+    of each item), ``dtype`` and the versions of kdlib, torch, numpy, scipy and soundfile. What no longer fits is not
+    found, and never used; any of the stores may be deleted.
 
     Args:
         folder: is made where it is missing. Processes and runs may share it.
@@ -65,7 +65,10 @@ def fit_features(features: Any, part: DataPart, cache: Cache | None, title: str 
     Raises:
         DataError: the part cannot be cached (see :func:`filled`).
     """
-    clips = (part[CLEAN, index]["x"] for index in range(len(part)))
+    from rich.progress import track
+
+    indices = track(range(len(part)), f"{title}: statistics", transient=True)
+    clips = (part[CLEAN, index]["x"] for index in indices)
     if cache is None:
         features.fit(clips)
         return
@@ -119,7 +122,9 @@ def filled(
                     rows.append(row(index))
                     found = {name: array.shape for name, array in rows[-1].items()}
                     if found != forms:
-                        raise DataError(f"{title}: {part.ids[index]}: {found}, and the first item {forms}: no rows.")
+                        raise DataError(
+                            f"{title}: {part.ids[index]}: {found}, and the first item {forms}; a cache keeps one shape."
+                        )
                     bar.update(task, completed=index + 1)
                 store.write(shard, {name: np.stack([one[name] for one in rows]) for name in forms})
                 wrote = True
