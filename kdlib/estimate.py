@@ -25,10 +25,14 @@ from kdlib.points import HardLabels
 from kdlib.recipe import Part, Recipe, System
 from kdlib.run import make_data
 
-TRIED = 8
+TRIED = 4
 """Rows of a step that is tried; the whole batch where that is quick."""
 REPEATS = 3
-"""Steps that are timed, after one that is not."""
+"""Steps that are timed, after one that is not; fewer where one takes long."""
+ENOUGH = 2.0
+"""Seconds of timing."""
+NOISE = 1 << 27
+"""Bytes below which the growth of the program says little."""
 COPIES = 4
 """Of each trained weight: itself, its gradient and Adam's two moments."""
 
@@ -44,7 +48,7 @@ class Cost(NamedTuple):
     seconds: float
     """In all: steps, validation, and the reading of clips that are not kept in memory."""
     memory: int
-    """Bytes of weights and of what the backward pass keeps."""
+    """Bytes of weights and of a step."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ class _Training(NamedTuple):
 def estimate(recipe: Recipe) -> Estimate:
     """Try each training of a recipe for a few steps on a few clips, and say what the whole will cost here.
 
-    A step is timed with 8 rows, or with the whole batch where that is quick, and scaled; what a backward pass keeps is
-    counted tensor by tensor. So the answer is rough. Early stopping is not foreseen.
+    A step is tried with a few rows, or with the whole batch where that is quick, and scaled. So the answer is rough,
+    and what else runs on the machine makes it larger. Early stopping is not foreseen.
 
     Args:
         recipe: see :func:`kdlib.recipe.read`.
@@ -167,19 +171,17 @@ def _tried(distiller: Distiller, batch: Mapping[str, Any], training: _Training) 
 
 
 def _step(distiller: Distiller, batch: Mapping[str, Any], train: Train) -> tuple[float, int]:
-    """Return the seconds of a step, and the bytes that its forward pass keeps for the backward pass."""
+    """Return the seconds of a step, and the bytes that it needs beside the weights."""
     layout = LAYOUTS[train.layout]
     distiller.to(memory_format=layout).train()  # type: ignore[call-overload]
     moved = {**to_device(batch, torch.device("cpu"), layout), "clock": lambda: (0, 0)}
     distiller.prepare(moved)
     optimizer = torch.optim.Adam(distiller.parameters(), lr=0.0)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in distiller.parameters()}
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     def once() -> None:
@@ -190,8 +192,24 @@ def _step(distiller: Distiller, batch: Mapping[str, Any], train: Train) -> tuple
         optimizer.step()
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        once()
-    return _quickest(once), sum(kept.values())
+        peak = _peak(once)
+    # The peak also has what kernels need for a moment; of a small network it is mostly noise.
+    saved = sum(kept.values())
+    return _quickest(once), max(peak, saved) if saved > NOISE else saved
+
+
+def _peak(function: Callable[[], object]) -> int:
+    """Return by how many bytes the program grows at most during a call, 0 where the system does not tell."""
+    before = _resident()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark begins here
+    except OSError:
+        function()
+        return 0
+    function()
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    mark = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return max(0, 1024 * int(mark) - before)
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Any]) -> float:
@@ -218,8 +236,8 @@ def _item(system: System, parts: DataParts) -> tuple[float, int]:
 
 
 def _quickest(function: Callable[[], object]) -> float:
-    taken = []
-    for _ in range(REPEATS):
+    taken: list[float] = []
+    while len(taken) < REPEATS and sum(taken) < ENOUGH:
         started = time.perf_counter()
         function()
         taken.append(time.perf_counter() - started)
