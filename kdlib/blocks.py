@@ -97,6 +97,13 @@ class Fusion(Strict):
     normalise: Literal["none", "z", "log_softmax"] = "none"
 
 
+class CacheBlock(Strict):
+    """Where features are kept from run to run: exactly, or in half the room."""
+
+    folder: RecipePath
+    dtype: Literal["float32", "float16"] = "float32"
+
+
 class RecipeBlock(SystemBlock):
     """A recipe as it is written: one system at the top level, or several under ``systems``."""
 
@@ -105,6 +112,7 @@ class RecipeBlock(SystemBlock):
     systems: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Block] = Field(default_factory=dict)
     scorer: Block | None = None
     fusion: Fusion | None = None
+    cache: CacheBlock | None = None
 
 
 class PointKeys(Strict):

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from kdlib.blocks import CacheBlock
+from kdlib.cache import Cache, source_of
 from kdlib.errors import KdlibError, RecipeError
 from kdlib.files import read_tensors
 from kdlib.interfaces import DataParts
@@ -36,6 +38,15 @@ def make_model(part: Part, facts: Mapping[str, Any], seed: int, *key: str) -> nn
 def make_features(part: Part, facts: Mapping[str, Any]) -> Any:
     """Build features, unfitted."""
     return build(part.plugin, part.settings, {}, facts, part.at)
+
+
+def make_cache(block: CacheBlock | None, part: Part | None, facts: Mapping[str, Any]) -> Cache | None:
+    """Build the cache of a system's features, if both are wanted."""
+    if block is None or part is None:
+        return None
+    filled = {name: value for name, value in facts.items() if name in type(part.settings).model_fields}
+    made_by = {"plugin": part.plugin.package, "builder": source_of(part.plugin.build), **part.dump(), **filled}
+    return Cache(block.folder, block.dtype, made_by)
 
 
 def make_source(system: System, teacher: Any, student: nn.Module, data: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,13 @@ class TensorPart:
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         return {"x": self.x[index], "y": int(self.labels[index]), "index": index, "epoch": epoch}
+
+    def fingerprint(self, index: int) -> str:
+        """Return a hash of the values of an item."""
+        x = self.x[index].detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{x.dtype} {tuple(x.shape)} ".encode())
+        digest.update(x.flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 def as_part(dataset: Any) -> Any:

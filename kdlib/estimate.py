@@ -101,19 +101,19 @@ def estimate(recipe: Recipe) -> Estimate:
     other, kept = 0.0, _kept(parts.train)
     for name, system in recipe.systems.items():
         with threads_set(system.student.train.threads):
-            own, of_fold, features = _of_system(name, system, parts)
+            own, of_fold, features = _of_system(name, system, parts, recipe.cache is not None)
         costs += own
         other += of_fold
         kept += features
     return Estimate(costs, len(folds), other, kept, _resident())
 
 
-def _of_system(name: str, system: System, parts: DataParts) -> tuple[list[Cost], float, int]:
-    """Return the costs of a system's trainings, the other seconds of a fold, and the bytes of features kept."""
+def _of_system(name: str, system: System, parts: DataParts, cached: bool) -> tuple[list[Cost], float, int]:
+    """Return the costs of a system's trainings, the other seconds of a fold, and the bytes of features in memory."""
     few = Few(parts.train)
     train, valid, test = len(parts.train), len(parts.valid or ()), len(parts.test)
     item, size = _item(system, parts)
-    fits = system.features is not None and train * size <= MEMORY
+    fits = system.features is not None and (cached or train * size <= MEMORY)
     with torch.random.fork_rng():
         distiller, batch = built(name, system, few, parts, facts_of(parts))
         forward = _forward(distiller.student, batch)
@@ -134,7 +134,7 @@ def _of_system(name: str, system: System, parts: DataParts) -> tuple[list[Cost],
     networks = 1 + (system.source is not None) * (1 + system.control)
     scoring = networks * (train + test) * (forward + (0.0 if fits else item))
     reading = (train + valid + test) * item if fits else 0.0
-    return costs, reading + scoring, (train + valid + test) * size if fits else 0
+    return costs, reading + scoring, (train + valid + test) * size if fits and not cached else 0
 
 
 def _trainings(system: System, rows: int) -> Iterator[_Training]:

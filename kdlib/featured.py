@@ -1,4 +1,4 @@
-"""A data part as a network sees it: samples through features, kept in memory where they fit, augmented by key."""
+"""A data part as a network sees it: samples through features, kept in memory or on disk, augmented by key."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdlib.cache import Cache, filled, read_item
 from kdlib.data import CLEAN
 from kdlib.interfaces import DataPart, Features
 from kdlib.keyed import keyed
+from kdlib.store import Store
 
 MEMORY = 4 << 30
 """Bytes of features that a part keeps at most; beyond that they are computed anew each time."""
@@ -26,6 +28,8 @@ class Featured:
         augment: draw views with ``features.augment``, keyed by (seed, epoch, index).
         seed: of the run.
         title: what to call it beside the progress bar.
+        cache: where features are kept on disk: what is there is not computed, and the part's samples are not read.
+            Without one they are kept in memory, up to 4 GiB.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Featured:
         augment: bool = False,
         seed: int = 0,
         title: str = "features",
+        cache: Cache | None = None,
     ) -> None:
         self.part = part
         self.features = features
@@ -49,7 +54,10 @@ class Featured:
         changes = features is not None and getattr(features, "augments", hasattr(features, "augment"))
         self.augmented = augment and bool(changes)
         self._kept: list[dict[str, Any]] = []
-        if features is not None and len(part) * self._clean(0)["x"].nbytes <= MEMORY:
+        self._store: Store | None = None
+        if features is not None and cache is not None:
+            self._store = filled(features, part, cache, self._computed, title)
+        elif features is not None and len(part) * self._clean(0)["x"].nbytes <= MEMORY:
             from rich.progress import track
 
             self._kept = [self._computed(index) for index in track(range(len(part)), title, transient=True)]
@@ -68,6 +76,8 @@ class Featured:
         return item
 
     def _clean(self, index: int) -> dict[str, Any]:
+        if self._store is not None:
+            return read_item(self._store, self.part, index)
         return self._kept[index] if self._kept else self._computed(index)
 
     @torch.no_grad()

@@ -60,8 +60,12 @@ class DistillPoint(Protocol):
 class DataPart(Protocol):
     """One part of a data set: items by ``(epoch, index)``, and what is known of each without loading it.
 
-    The epoch keys augmentation; an epoch of -1 asks for the item as it is, without any. A method is optional:
-    ``memory()`` tells the bytes that a part keeps at most, for estimates.
+    The epoch keys augmentation; an epoch of -1 asks for the item as it is, without any.
+
+    Two methods are optional. ``memory()`` tells the bytes that a part keeps at most, for estimates.
+    ``fingerprint(index) -> str`` names the content of an item as it is: two items with one fingerprint are equal,
+    whatever they are called. It is a hash of all that the item is made of, such as the bytes of its file and the
+    settings of the reader. A cache on disk needs it.
     """
 
     @property
@@ -126,8 +130,9 @@ class DataParts(Protocol):
 class Features(Protocol):
     """A module from samples (channels, time) to what a network eats.
 
-    Two methods are optional. ``fit(clips)`` takes statistics over the training part. ``augment(x, generator)`` draws
-    another view of one item from the generator; it is called in training only.
+    Two methods are optional. ``fit(clips)`` takes statistics over the training part, and keeps them in the module's
+    ``state_dict()``. ``augment(x, generator)`` draws another view of one item from the generator; it is called in
+    training only.
     """
 
     time_axis: int

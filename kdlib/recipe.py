@@ -11,7 +11,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from kdlib.blocks import Block, Fusion, PointKeys, RecipeBlock, StudentBlock, SystemBlock, TeacherBlock, Train
+from kdlib.blocks import (
+    Block,
+    CacheBlock,
+    Fusion,
+    PointKeys,
+    RecipeBlock,
+    StudentBlock,
+    SystemBlock,
+    TeacherBlock,
+    Train,
+)
 from kdlib.errors import PluginError, RecipeError, did_you_mean
 from kdlib.registry import Plugin, Registry, registry
 from kdlib.schedules import Between, Value
@@ -95,6 +105,7 @@ class Recipe:
     systems: Mapping[str, System]
     scorer: Part | None
     fusion: Fusion | None
+    cache: CacheBlock | None = None
 
     def dump(self) -> Block:
         """Return the resolved recipe as plain data; it is a recipe itself and resolves to the same."""
@@ -125,12 +136,18 @@ class Recipe:
                 "systems": systems,
                 "scorer": self.scorer and self.scorer.dump(),
                 "fusion": self.fusion and self.fusion.model_dump(),
+                "cache": self.cache and self.cache.model_dump(mode="json"),
             }
         )
 
     def digest(self) -> str:
-        """Return 8 hex digits of the resolved recipe."""
-        return hashlib.sha256(json.dumps(self.dump(), sort_keys=True).encode()).hexdigest()[:8]
+        """Return 8 hex digits of the resolved recipe, but for where a cache lies; an exact one changes no result."""
+        block = self.dump()
+        if self.cache is not None:
+            del block["cache"]
+            if self.cache.dtype != "float32":
+                block["cache"] = {"dtype": self.cache.dtype}
+        return hashlib.sha256(json.dumps(block, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def shipped(plugins: Registry | None = None) -> dict[str, Path]:
@@ -291,12 +308,15 @@ def resolve(written: Mapping[str, Any], base: Path) -> Recipe:
                 raise RecipeError(f"fusion.weights.{name}: no such system.{did_you_mean(name, systems)}")
         if not any(top.fusion.weights.get(name, 1.0) for name in systems):
             raise RecipeError("fusion.weights: all are 0.")
+    if top.cache is not None and all(system.features is None for system in systems.values()):
+        raise RecipeError("cache: no system has features, and there is nothing to keep.")
     return Recipe(
         name=top.name,
         data=_part("dataset", top.data, "data", base),
         systems=systems,
         scorer=None if top.scorer is None else _part("scorer", top.scorer, "scorer", base),
         fusion=top.fusion,
+        cache=top.cache,
     )
 
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from kdlib.metrics import confusion_matrix, macro_accuracy, wilson_interval
 from kdlib.recipe import FUSED, Part, Recipe
 from kdlib.registry import build
 from kdlib.system import train_system
+from kdlib.versions import versions
 
 ROLES = ("without", "continued", "alone", "with")
 
@@ -202,11 +202,7 @@ def _write_predictions(path: Path, pooled: Mapping[tuple[str, str], Pooled], cla
 
 def _environment() -> dict[str, Any]:
     """Return what bits depend on beside the recipe."""
-    versions = {"python": platform.python_version()}
-    for package in ("kdlib-asc", "torch", "numpy", "scikit-learn", "soundfile"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    found = {"python": platform.python_version()}
+    found |= versions("kdlib-asc", "torch", "numpy", "scikit-learn", "soundfile")
     machine = f"{platform.system()} {platform.machine()}"
-    return {"versions": versions, "machine": machine, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {"versions": found, "machine": machine, "cores": os.cpu_count(), "threads": torch.get_num_threads()}

@@ -13,8 +13,18 @@ import torch
 from torch import nn
 
 from kdlib.batch import call
-from kdlib.blocks import Train
-from kdlib.building import facts_of, load_weights, make_features, make_model, make_points, make_source, named
+from kdlib.blocks import CacheBlock, Train
+from kdlib.building import (
+    facts_of,
+    load_weights,
+    make_cache,
+    make_features,
+    make_model,
+    make_points,
+    make_source,
+    named,
+)
+from kdlib.cache import fit_features
 from kdlib.data import CLEAN, Loader
 from kdlib.distiller import Distiller
 from kdlib.errors import RecipeError
@@ -43,6 +53,7 @@ class Job:
     folder: Path
     title: str
     progress: bool
+    cache: CacheBlock | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -64,7 +75,7 @@ def train_system(
     the student but on hard labels: ``continued`` where both start from the teacher, else ``alone``.
     """
     _refuse_missing(recipe.systems[name])
-    job = Job(name, recipe.systems[name], recipe.data, recipe.scorer, parts, folder, title, progress)
+    job = Job(name, recipe.systems[name], recipe.data, recipe.scorer, parts, folder, title, progress, recipe.cache)
     system = job.system
     train, valid, test, features = _featured(job)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,15 +116,20 @@ def _featured(job: Job) -> tuple[DataPart, DataPart | None, DataPart, Any]:
     """Return train, valid and test through the features, which take their statistics from the training part."""
     parts, block = job.parts, job.system.features
     features: Any = None if block is None else make_features(block, job.facts)
+    cache = make_cache(job.cache, block, job.facts)
+
+    def about(name: str) -> str:
+        return f"{job.title} features of {name}".strip()
 
     def through(part: DataPart, name: str, *, augment: bool = False) -> Featured:
-        title = f"{job.title} features of {name}".strip()
         seed = job.system.teacher.train.seed
-        return Featured(part, features, classes=parts.classes, augment=augment, seed=seed, title=title)
+        return Featured(
+            part, features, classes=parts.classes, augment=augment, seed=seed, title=about(name), cache=cache
+        )
 
     with named(job.data, block):
         if hasattr(features, "fit"):
-            features.fit(parts.train[CLEAN, index]["x"] for index in range(len(parts.train)))
+            fit_features(features, parts.train, cache, about("training"))
         valid = None if parts.valid is None else through(parts.valid, "validation")
         return through(parts.train, "training", augment=True), valid, through(parts.test, "test"), features
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -203,7 +204,8 @@ class ClipStore:
 
     Args:
         root: the folder that the names are relative to.
-        read: reads one file, (channels, samples).
+        read: reads one file, (channels, samples). Its settings are the keywords of a ``partial``.
+        made: ``read`` makes a clip from its name, and there is no file.
         keep: whether to keep anything.
         limit: bytes to keep at most, in each process; 2 GiB by default.
 
@@ -211,13 +213,23 @@ class ClipStore:
         Ours.
     """
 
-    def __init__(self, root: Path, read: Callable[[Path], Tensor], *, keep: bool = True, limit: int = 2 << 30) -> None:
+    def __init__(
+        self,
+        root: Path,
+        read: Callable[[Path], Tensor],
+        *,
+        made: bool = False,
+        keep: bool = True,
+        limit: int = 2 << 30,
+    ) -> None:
         self.root = root
         self.read = read
+        self.made = made
         self.keep = keep
         self.limit = limit
         self._kept: dict[str, Tensor] = {}
         self._bytes = 0
+        self._fingerprints: dict[str, str] = {}
 
     def __call__(self, name: str) -> Tensor:
         """Return the samples of one clip; they are the caller's to change."""
@@ -230,8 +242,32 @@ class ClipStore:
             self._bytes += samples.nbytes
         return samples
 
+    def fingerprint(self, name: str) -> str:
+        """Return a hash of a clip's file, of the reader and of its settings; of its name where it is made, not read."""
+        known = self._fingerprints.get(name)
+        if known is None:
+            content = name.encode() if self.made else _digest(self.root / name)
+            known = self._fingerprints[name] = hashlib.sha256(self._reader() + content).hexdigest()
+        return known
+
+    def _reader(self) -> bytes:
+        """Return what names the function that reads and its settings: a clip may come out otherwise under others."""
+        function = getattr(self.read, "func", self.read)
+        settings = sorted(getattr(self.read, "keywords", {}).items())
+        source = Path(function.__code__.co_filename)
+        code = source.read_bytes() if source.is_file() else b""
+        return hashlib.sha256(code).digest() + f"{function.__qualname__} {settings}".encode()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}, "_bytes": 0}
+
+
+def _digest(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 class Clips:
@@ -273,6 +309,10 @@ class Clips:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of a part of {len(self)} clips")
         return {"x": self.store(self.ids[index]), "y": int(self.labels[index]), "index": index, "epoch": epoch}
+
+    def fingerprint(self, index: int) -> str:
+        """Return a hash of the bytes of a clip's file and of how it is read."""
+        return self.store.fingerprint(self.ids[index])
 
     def memory(self) -> int:
         """Return the bytes of decoded clips that will be kept at most."""

@@ -134,7 +134,7 @@ def synthetic_scenes(
         [clip for clip, goes in zip(clips, out, strict=True) if not goes],
         [clip for clip, goes in zip(clips, out, strict=True) if goes],
         classes=classes,
-        store=ClipStore(Path(), make),
+        store=ClipStore(Path(), make, made=True),
         validation=validation,
         seed=seed,
         rate=rate,

@@ -324,3 +324,21 @@ def test_moving_a_batch_changes_the_layout_of_images_alone_and_keeps_nests():
     assert moved["index"] is index
     assert moved["names"] == ["u", "v"]
     assert image.is_contiguous()
+
+
+# fingerprints
+
+
+def test_a_fingerprint_of_a_tensor_is_of_its_values_type_and_shape():
+    x = torch.arange(24.0).view(4, 2, 3)
+    other = x.clone()
+    other[2, 0, 0] = -0.0
+    part, changed = (kdlib.TensorPart(values, [0] * 4, ids=list("abcd")) for values in (x, other))
+    prints = [part.fingerprint(index) for index in range(4)]
+    assert len(set(prints)) == 4
+    assert [changed.fingerprint(index) == prints[index] for index in range(4)] == [True, True, False, True]
+    twice = kdlib.TensorPart(torch.cat([x, x]).transpose(1, 2).contiguous().transpose(1, 2), [0] * 8)
+    assert [twice.fingerprint(index) for index in range(8)] == prints * 2
+    for same_bytes in (x.view(4, 3, 2), x.view(torch.int32), x.view(4, 6)):
+        assert kdlib.TensorPart(same_bytes, [0] * 4).fingerprint(1) not in prints
+    assert len(kdlib.TensorPart(torch.tensor([True, False]), [0, 1]).fingerprint(0)) == 64

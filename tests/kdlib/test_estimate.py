@@ -119,3 +119,26 @@ def test_a_part_may_tell_what_it_keeps():
 
     kdlib.register(Mine(), "telling")
     assert estimate(read({**DIGITS, "data": {"kind": "telling"}})).kept == 12345
+
+
+class Halves(torch.nn.Module):
+    """Features without statistics."""
+
+    time_axis = -1
+
+    def forward(self, samples):
+        return samples / 2
+
+
+def test_features_that_are_kept_on_disk_take_no_memory(tmp_path):
+    class Mine:
+        @kdlib.hookimpl
+        def kdlib_features(self):
+            return {"halves": Halves}
+
+    kdlib.register(Mine(), "halves")
+    with_features = {**DIGITS, "features": {"kind": "halves"}}
+    items = 1797 * 64 * 4  # all parts, float32
+    assert estimate(read(with_features)).kept == items
+    assert estimate(read({**with_features, "cache": {"folder": str(tmp_path / "cache")}})).kept == 0
+    assert list(tmp_path.iterdir()) == []

@@ -938,3 +938,52 @@ def test_a_file_of_junk_gives_nothing_but_our_errors(tmp_path_factory, content):
     path.write_bytes(content)
     with pytest.raises(kdlib.RecipeError):
         read(path)
+
+
+# where features are kept
+
+
+def test_without_a_cache_there_is_none():
+    assert read(SCENES).cache is None
+    assert "cache" not in read(SCENES).dump()
+
+
+def test_the_folder_of_a_cache_is_relative_to_the_file_and_on_the_command_line_to_the_working_directory(tmp_path):
+    text = '[cache]\nfolder = "kept"\n[data]\nkind = "dcase"\nroot = "/nowhere"\n[features]\nkind = "pre_emphasis"\n'
+    (tmp_path / "r.toml").write_text(f'{text}[model]\nkind = "wave_cnn"\n[train]\nepochs = 1\n')
+    recipe = read(tmp_path / "r.toml")
+    assert (recipe.cache.folder, recipe.cache.dtype) == (tmp_path / "kept", "float32")
+    assert recipe.dump()["cache"] == {"folder": str(tmp_path / "kept"), "dtype": "float32"}
+    assert read(recipe.dump()).dump() == recipe.dump()
+    typed = read(tmp_path / "r.toml", ["cache.folder=here", "cache.dtype=float16"])
+    assert (typed.cache.folder, typed.cache.dtype) == (Path.cwd() / "here", "float16")
+
+
+def test_a_digest_tells_what_is_computed_and_not_where_it_is_kept():
+    plain, here, there = (read({**SCENES, **block}).digest() for block in ({}, cache_of("a"), cache_of("b")))
+    assert plain == here == there
+    halves = {read({**SCENES, **cache_of(place, "float16")}).digest() for place in "ab"}
+    assert len(halves) == 1
+    assert plain not in halves
+
+
+def cache_of(folder, dtype="float32"):
+    return {"cache": {"folder": folder, "dtype": dtype}}
+
+
+@pytest.mark.parametrize(
+    ("block", "start"),
+    [
+        ({}, "cache.folder: required"),
+        ({"folder": ""}, "cache.folder: a path is required"),
+        ({"folder": "a", "dtype": "bfloat16"}, "cache.dtype: "),
+        ({"folder": "a", "kind": "disk"}, "cache.kind: unknown key"),
+    ],
+    ids=str,
+)
+def test_a_cache_that_is_none_is_refused(block, start):
+    assert refused({**SCENES, "cache": block}).startswith(start)
+
+
+def test_a_cache_without_features_is_refused():
+    assert refused({**DIGITS, **cache_of("a")}).startswith("cache: no system has features")

@@ -498,3 +498,66 @@ def test_what_a_run_leaves_is_where_it_is_looked_for(few, folded):
             for role in ("without", "continued", "with"):
                 assert f"fold-{fold}/{system}/{stem(role)}.safetensors" in names
                 assert f"fold-{fold}/{system}/{stem(role)}-scorer.safetensors" in names
+
+
+# features kept from run to run
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The items that were read from data sets."""
+    found = []
+    read_item = kdlib.TensorPart.__getitem__
+
+    def counting(part, key):
+        found.append(key)
+        return read_item(part, key)
+
+    monkeypatch.setattr(kdlib.TensorPart, "__getitem__", counting)
+    return found
+
+
+def test_a_cache_changes_no_bit_and_a_second_run_reads_no_clip(folded, tmp_path, reads):
+    recipe = read(TOY, [f"cache.folder={tmp_path / 'cache'}"])
+    first = run(recipe, tmp_path / "first", progress=False)
+    assert reads
+    reads.clear()
+    second = run(recipe, tmp_path / "second", progress=False)
+    assert reads == []
+    for other in (first, second):
+        assert result_of(other)["rows"] == result_of(folded)["rows"]
+        assert (other / "predictions.csv").read_bytes() == (folded / "predictions.csv").read_bytes()
+        assert_equal_bits(weights_of(folded), weights_of(other))
+    assert recipe.digest() == read(TOY).digest()
+
+
+def test_a_float16_cache_is_another_run_but_nearly_the_same_networks(folded, tmp_path):
+    recipe = read(TOY, [f"cache.folder={tmp_path / 'cache'}", "cache.dtype=float16"])
+    half = weights_of(run(recipe, tmp_path / "half", progress=False))
+    exact = weights_of(folded)
+    name = str(Path("fold-1/straight/teacher.safetensors"))
+    assert not torch.equal(half[name]["output.weight"], exact[name]["output.weight"])
+    torch.testing.assert_close(half[name]["output.weight"], exact[name]["output.weight"], rtol=0, atol=0.02)
+    assert recipe.digest() != read(TOY).digest()
+
+
+def test_a_cache_is_of_the_settings_of_features_and_of_nothing_else(tmp_path, reads):
+    alone = {"name": "alone", "data": TOY["data"], **TOY["systems"]["straight"]}
+    changes = [f"cache.folder={tmp_path / 'cache'}", "train.epochs=1"]
+
+    def read_by(name, *more):
+        reads.clear()
+        run(read(alone, [*changes, *more]), tmp_path / name, progress=False)
+        return bool(reads)
+
+    assert read_by("first")
+    assert not read_by("network", "model.width=4", "train.seed=3", "student.control=false")
+    assert read_by("settings", "features.turned=true")
+    assert not read_by("again")
+
+
+def test_a_loaded_run_has_the_statistics_of_a_cache(tmp_path, folded):
+    recipe = read(TOY, [f"cache.folder={tmp_path / 'cache'}", "train.epochs=1"])
+    for name in ("first", "second"):
+        loaded = kdlib.load_run(run(recipe, tmp_path / name, progress=False), fold=1)
+        assert torch.equal(loaded.features["straight"].mean, kdlib.load_run(folded, fold=1).features["straight"].mean)

@@ -370,3 +370,22 @@ def test_a_check_reads_some_clips_and_still_finds_partners_elsewhere(tmp_path):
                 soundfile.write(tmp_path / scene / f"{place}-{scene}__{clip:02}.wav", noise, 8000)
     for _, report in check(read(written)):
         assert report, str(report)
+
+
+# features kept on disk
+
+
+def test_with_a_cache_the_bits_are_the_same_and_a_second_run_decodes_nothing(folder, root, tmp_path, monkeypatch):
+    recipe = recipe_of(root, f"cache.folder={tmp_path / 'cache'}")
+    first = run(recipe, tmp_path / "first", progress=False)
+
+    def never(path):
+        raise AssertionError(path)
+
+    monkeypatch.setattr("kdlib_asc.audio._decode", never)
+    second = run(recipe, tmp_path / "second", progress=False)
+    for other in (first, second):
+        assert result_of(other)["rows"] == result_of(folder)["rows"]
+        assert predictions_of(other) == predictions_of(folder)
+        for fold in TESTED:
+            assert_same_tensors(folder / f"fold-{fold}", other / f"fold-{fold}")

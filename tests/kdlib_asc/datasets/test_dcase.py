@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -663,3 +664,43 @@ def test_tiny_flac_set_from_a_root_one_level_too_low() -> None:
     parts = dcase(root=real("tiny_cc0") / "audio", rate=16000, channels=1, seconds=2.0)[1]
     assert parts.train[0, 0]["x"].shape == (1, 32000)
     assert len(parts.classes) == 4
+
+
+# fingerprints
+
+
+def test_a_fingerprint_is_of_the_bytes_and_of_how_they_are_read(root: Path) -> None:
+    first = [load(root).train.fingerprint(index) for index in range(12)]
+    assert len(set(first)) == 12
+    assert [load(root, keep_in_memory=False, validation=0).train.fingerprint(index) for index in range(12)] == first
+    assert load(root, crop=True).train.fingerprint(0) not in first
+    path = root / TRAIN[3]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert [index for index in range(12) if load(root).train.fingerprint(index) != first[index]] == [3]
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(DataError, match=path.name):
+        load(root).train.fingerprint(3)
+
+
+def test_a_file_is_hashed_once_in_a_process(root: Path) -> None:
+    train = load(root).train
+    first = train.fingerprint(0)
+    (root / TRAIN[0]).unlink()
+    assert train.fingerprint(0) == first
+    assert pickle.loads(pickle.dumps(train)).fingerprint(0) == first
+
+
+def test_a_clip_that_is_made_and_not_read_has_the_fingerprint_of_its_name_and_its_settings() -> None:
+    def stores(**settings: int) -> ClipStore:
+        return ClipStore(Path(), partial(made, **settings), made=True)
+
+    names = {stores(seed=seed).fingerprint(name) for seed in (0, 1) for name in ("a", "b")}
+    assert len(names) == 4
+    assert stores(seed=0).fingerprint("a") in names
+
+
+def made(path: Path, *, seed: int) -> torch.Tensor:
+    return torch.full((1, 4), seed)

@@ -1,0 +1,319 @@
+"""Rows of named arrays on disk, in shards that any number of processes write and read without locks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+import safetensors.numpy
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kdlib.errors import DataError
+from kdlib.files import remove_left_over, write_atomically
+from kdlib.settings import Strict
+
+MANIFEST = "manifest.json"
+LARGEST = 1 << 20
+"""Bytes of a manifest, and of the header of a shard."""
+SHARD = 32 << 20
+"""Bytes of a shard where its maker does not say how many rows."""
+SHOWN = 10
+"""Differences between two manifests that a message spells out."""
+
+Whole = Annotated[int, Field(ge=0)]
+Dtype = Literal[
+    "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64"
+]
+
+
+class Form(Strict):
+    """What an array holds of one row."""
+
+    dtype: Dtype
+    shape: list[Whole]
+
+
+class Manifest(Strict):
+    """What a store is: what its maker says that it was made of, and how it lies on disk."""
+
+    store: Literal[1] = 1
+    made_of: dict[str, Any]
+    rows: Whole
+    shard_rows: Annotated[int, Field(ge=1)]
+    arrays: dict[str, Form]
+
+    def text(self) -> str:
+        """Return the manifest as it is written, with its own checksum: there is one text for one manifest."""
+        plain = self.model_dump()
+        return _json({**plain, "sha256": hashlib.sha256(_json(plain).encode()).hexdigest()})
+
+
+class Store:
+    """An opened store. Rows are read from a memory map; a shard is checked once, when a row of it is first wanted.
+
+    In the folder are ``manifest.json``, which holds its own checksum, and the shards ``00000.safetensors``, ...: row
+    ``r`` is in shard ``r // shard_rows``. A shard counts once ``00000.safetensors.sha256`` (as ``sha256sum -c`` reads
+    it) stands beside it, which is written last. Since the shard follows from the row, and its bytes from its rows, all
+    who write a shard write the same.
+
+    A copy that was pickled, for a loader's worker, opens the shards anew.
+
+    Args:
+        folder: made by :func:`make_store`.
+
+    Attributes:
+        manifest: what the store is.
+
+    Raises:
+        DataError: there is no store, or its manifest is damaged. On reading: a shard is missing or damaged.
+        IndexError: on reading a row that there is not.
+
+    Example:
+        >>> import tempfile
+        >>> row = {"logits": np.zeros(3, np.float32)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = make_store(Path(folder), {"teacher": "a"}, rows=5, row=lambda: row, shard_rows=2)
+        ...     for shard in range(store.shards):
+        ...         rows = store.span(shard)
+        ...         store.write(shard, {"logits": np.full((len(rows), 3), shard, np.float32)})
+        ...     store[4]["logits"].tolist(), store.take([0, 3])["logits"].tolist()
+        ([2.0, 2.0, 2.0], [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = _read_manifest(folder / MANIFEST)
+        self._opened: dict[int, list[memoryview]] = {}
+        self._forms: list[tuple[str, np.dtype, tuple[int, ...], int]] = []
+        for name, form in self.manifest.arrays.items():
+            dtype = np.dtype(form.dtype)
+            self._forms.append((name, dtype, tuple(form.shape), dtype.itemsize * math.prod(form.shape)))
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are when all are written."""
+        return -(-self.manifest.rows // self.manifest.shard_rows)
+
+    def span(self, shard: int) -> range:
+        """Return the rows of a shard."""
+        first = shard * self.manifest.shard_rows
+        return range(first, min(first + self.manifest.shard_rows, self.manifest.rows))
+
+    def path(self, shard: int) -> Path:
+        """Return the file of a shard."""
+        return self.folder / f"{shard:05}.safetensors"
+
+    def write(self, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write a shard, and its checksum when it is whole.
+
+        Args:
+            shard: its number.
+            arrays: by name, each (rows of the shard, *shape of a row).
+
+        Raises:
+            ValueError: the arrays are not those of the manifest.
+            KdlibError: it cannot be written; other shards are as they were.
+        """
+        rows = len(self.span(shard))
+        wanted = {name: (form.dtype, (rows, *form.shape)) for name, form in self.manifest.arrays.items()}
+        given = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+        if given != wanted:
+            raise ValueError(f"{self.path(shard)} takes {wanted}, not {given}")
+        data = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        path = self.path(shard)
+        self._opened.pop(shard, None)
+        write_atomically(path, lambda beside: beside.write_bytes(data))
+        write_atomically(_beside(path), lambda beside: beside.write_bytes(_seal(path, data)))
+
+    def intact(self, shard: int) -> bool:
+        """Return whether a shard is written and as it was written; say so (a warning) where it is damaged."""
+        if not _beside(self.path(shard)).exists():  # not yet, or not to its end
+            return False
+        try:
+            self._open(shard)
+        except DataError as error:
+            warnings.warn(f"{error} It is made anew.", stacklevel=2)
+            return False
+        return True
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        """Return the arrays of one row; they are the caller's."""
+        return {name: array.reshape(array.shape[1:]) for name, array in self.take([row]).items()}
+
+    def take(self, rows: Sequence[int] | np.ndarray | Tensor) -> dict[str, np.ndarray]:
+        """Return the arrays of some rows, (N, *shape) each, in their order and as often as they are asked for."""
+        asked = np.asarray(rows)
+        numbers = asked.tolist()
+        if asked.ndim != 1 or (numbers and asked.dtype.kind not in "iu"):
+            raise ValueError(f"rows are a list of whole numbers, not {asked.dtype} of shape {asked.shape}")
+        if numbers and not 0 <= min(numbers) <= max(numbers) < len(self):
+            raise IndexError(
+                f"{self.folder} has {len(self)} rows, counted from 0; {min(numbers)} to {max(numbers)} asked"
+            )
+        size = self.manifest.shard_rows
+        for shard in {row // size for row in numbers} - self._opened.keys():
+            self._open(shard)
+        places = [(self._opened[row // size], row % size) for row in numbers]
+        taken = {}
+        for number, (name, dtype, shape, length) in enumerate(self._forms):
+            # Slices of bytes, joined: half the time of numpy's rows, concatenated.
+            rows_of_it = [bytes_of[number][place * length : (place + 1) * length] for bytes_of, place in places]
+            taken[name] = np.ndarray((len(places), *shape), dtype, buffer=bytearray().join(rows_of_it))
+        return taken
+
+    def whole(self, name: str) -> np.ndarray:
+        """Return all rows of one array in memory, (rows, *shape): for a store that fits, the quickest to take from."""
+        number = list(self.manifest.arrays).index(name)
+        _, dtype, shape, _ = self._forms[number]
+        filled = np.empty((len(self), *shape), dtype)
+        for shard in range(self.shards):
+            rows = self.span(shard)
+            one = np.ndarray((len(rows), *shape), dtype, buffer=self._open(shard)[number])
+            filled[rows.start : rows.stop] = one
+        return filled
+
+    def _open(self, shard: int) -> list[memoryview]:
+        """Return the bytes of a shard's arrays in the order of the manifest, checked when it is first opened."""
+        if shard not in self._opened:
+            self._opened[shard] = self._checked(shard)
+        return self._opened[shard]
+
+    def _checked(self, shard: int) -> list[memoryview]:
+        path = self.path(shard)
+        try:
+            seal = _beside(path).read_bytes()
+            # Unlike mmap's, torch's map holds no file descriptor: there may be more shards than a process may have.
+            raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename}: there is no such file; the store is not finished.") from None
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from None
+        if seal != _seal(path, raw):
+            raise DataError(
+                f"{path}: damaged: it and {_beside(path).name} do not agree. Delete both and make them anew."
+            )
+        data = raw.data.toreadonly()
+        try:
+            start = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(bytes(data[8 : min(start, LARGEST)]))
+            arrays = []
+            for name, _, _, length in self._forms:
+                first, last = header[name]["data_offsets"]
+                array = data[start + first : start + last]
+                if first < 0 or not last - first == len(array) == length * len(self.span(shard)):
+                    raise ValueError(f"'{name}' lies at {first} to {last}")
+                arrays.append(array)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"{path}: holds something else than {MANIFEST} says: {error}") from None
+        return arrays
+
+
+def make_store(
+    folder: Path,
+    made_of: Mapping[str, Any],
+    *,
+    rows: int,
+    row: Callable[[], Mapping[str, np.ndarray]],
+    shard_rows: int | None = None,
+) -> Store:
+    """Make a store, or open the one that was made of the same, to write what it lacks.
+
+    Args:
+        folder: is made where it is missing.
+        made_of: all that its rows depend on, as JSON has it.
+        rows: how many there will be.
+        row: returns one row, for names, types and shapes; it is called where there is no store yet.
+        shard_rows: rows a shard, at least 1: what is lost when a writer is killed, and held in memory twice while it is
+            written. Default: what fits into 32 MiB, or what the store that is there has.
+
+    Raises:
+        DataError: the folder holds a store of something else, and the text says what differs. Or its manifest is
+            damaged.
+        KdlibError: it cannot be written.
+    """
+    plain: dict[str, Any] = json.loads(_json({"made_of": dict(made_of), "rows": rows}))
+    if not (folder / MANIFEST).exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be made: {error.strerror}.") from None
+        arrays = dict(sorted(row().items()))
+        for name, array in arrays.items():
+            if array.dtype.name not in get_args(Dtype):
+                raise DataError(f"{folder}: '{name}' is {array.dtype}; a store keeps {', '.join(get_args(Dtype))}.")
+        size = shard_rows or max(1, SHARD // max(1, sum(array.nbytes for array in arrays.values())))
+        forms = {name: {"dtype": array.dtype.name, "shape": list(array.shape)} for name, array in arrays.items()}
+        text = Manifest.model_validate({**plain, "shard_rows": size, "arrays": forms}).text().encode()
+        if len(text) > LARGEST:
+            raise DataError(f"{folder / MANIFEST}: a manifest has at most {LARGEST} bytes, this one {len(text)}.")
+        write_atomically(folder / MANIFEST, lambda beside: beside.write_bytes(text))
+    remove_left_over(folder)
+    store = Store(folder)
+    asked = plain if shard_rows is None else {**plain, "shard_rows": shard_rows}
+    differences = list(_differences(store.manifest.model_dump(include=set(asked)), asked))
+    if differences:
+        more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
+        listed = "\n".join(f"  {line}" for line in differences[:SHOWN] + more)
+        raise DataError(f"{folder}: was made of something else. Name another folder, or delete this one.\n{listed}")
+    return store
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST)  # a longer one is cut, and refused
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}. Is this the folder of a store?") from None
+    try:
+        plain = json.loads(data)
+        del plain["sha256"]
+        manifest = Manifest.model_validate(plain)
+        if manifest.text().encode() == data:
+            return manifest
+        reason = "its sha256 is of something else"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+    raise DataError(f"{path}: damaged, or not a store's: {reason}. Delete the folder and make it anew.")
+
+
+def _differences(there: Any, asked: Any, at: str = "") -> Iterator[str]:
+    """Yield one line for each value in which two manifests differ."""
+    if isinstance(there, list) and isinstance(asked, list):
+        there, asked = dict(enumerate(there)), dict(enumerate(asked))
+    if isinstance(there, dict) and isinstance(asked, dict):
+        for key in dict.fromkeys([*there, *asked]):
+            yield from _differences(there.get(key), asked.get(key), f"{at}.{key}" if at else f"{key}")
+    elif _json(there) != _json(asked):
+        yield f"{at}: there {_short(there)}, here {_short(asked)}"
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _seal(path: Path, data: Any) -> bytes:
+    """Return what stands beside a file with these bytes."""
+    return f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode()
