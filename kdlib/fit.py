@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
+from kdlib.batch import tensors_in
 from kdlib.data import CLEAN, Loader, as_part, to_device
 from kdlib.distiller import Distiller, Losses
 from kdlib.errors import TrainingError, did_you_mean
@@ -153,7 +154,7 @@ def fit(
         with default_generators_keyed(place.device, seed, "step", "prepare"):
             batch_0 = next(first.epoch(CLEAN))
             with place.autocast():
-                tried = {**place.batch(batch_0), "clock": lambda: (0, 0)}
+                tried = {**place.batch(batch_0), "clock": lambda: (int(distiller.step), 0)}
                 report = distiller.prepare(tried).check(tried)
         if report.fault is not None:
             raise report.fault
@@ -200,7 +201,7 @@ def fit(
                 tell(Event("step", step, epoch, losses, distiller, now))
             record = {"epoch": epoch, "step": step, "lr": rate, **means.result()}
             if valid_loader is not None:
-                record |= _validate(distiller, valid_loader, place, (step, epoch), seed)
+                record |= _validate(distiller, valid_loader, place, (int(distiller.step), epoch), seed)
             record["seconds"] = time.perf_counter() - started
             history.epochs.append(record)
             over = chosen.see(epoch, record.get("valid_total"), distiller)
@@ -449,11 +450,11 @@ def _samples(batch: Batch, dataset: Any) -> str:
     """Name the samples of a batch: those whose input is not finite, else all."""
     ids = getattr(dataset, "ids", None)
     names = [str(index) if ids is None else ids[index] for index in batch["index"].tolist()]
-    x = batch["x"]
-    bad = []
-    if isinstance(x, Tensor) and x.is_floating_point():
-        finite = torch.isfinite(x).flatten(1).all(1) if x.dim() > 1 else torch.isfinite(x)
-        bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+    good = torch.ones(len(names), dtype=torch.bool)
+    for value in tensors_in(batch):
+        if value.is_floating_point() and value.dim() and len(value) == len(names):
+            good &= torch.isfinite(value).reshape(len(names), -1).all(1)
+    bad = [name for name, finite in zip(names, good.tolist(), strict=True) if not finite]
     if bad:
         return f"Samples whose input is not finite: {', '.join(bad)}."
     return f"The inputs are finite; the samples are: {', '.join(names)}."

@@ -228,6 +228,16 @@ def test_validation_sees_the_schedules_as_they_are(parts):
     assert weights == pytest.approx([1.0, 2.0, 3.0], rel=1e-6)
 
 
+def test_the_clock_of_a_second_training_goes_on_in_validation_too(parts):
+    ramp = kdlib.Schedule(kind="linear", start=1.0, end=2.0, steps=8)  # twice the steps of a training
+    distiller = kdlib.Distiller(built(), hard=(ramp, kdlib.HardLabels()))
+    of_validation = []
+    for _ in range(2):
+        history = fit(distiller, parts.train, valid=parts.valid, epochs=1)
+        of_validation.append(history.epochs[0]["valid_total"] / history.epochs[0]["valid_hard"])
+    assert of_validation == pytest.approx([1.5, 2.0])
+
+
 # modes and state of the caller
 
 
@@ -632,6 +642,30 @@ def test_a_plain_data_sets_sample_is_named_by_its_number(parts):
     x[77] = torch.inf
     with pytest.raises(kdlib.TrainingError, match=r"\b77\b"):
         fit(alone(built()), TensorDataset(x, torch.tensor(parts.train.labels)))
+
+
+class Named(torch.utils.data.Dataset):
+    """Items whose x is a mapping of two tensors."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        wrong = torch.nan if index == 5 else 1.0
+        return {"x": {"left": torch.ones(4), "right": torch.full((4,), wrong)}, "y": index % 3}
+
+
+def test_a_sample_is_found_among_named_inputs_too():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, left, right):
+            return {"logits": self.layer(left + right)}
+
+    with pytest.raises(kdlib.TrainingError, match=r"Samples whose input is not finite: 5\."):
+        fit(alone(Two()), Named(), batch=4)
 
 
 def stopped(student, root, data, match, **settings):
