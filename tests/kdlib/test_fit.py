@@ -249,8 +249,9 @@ def test_train_mode_is_restored_every_epoch_after_validation(parts):
         return cross_entropy(taps["logits"], batch["y"])
 
     fit(kdlib.Distiller(student, watching=watching), parts.train, valid=parts.valid, batch=50, epochs=3)
-    check, *forwards = seen
+    check, last_batch_of_validation, *forwards = seen
     assert check == (True, True, True)
+    assert last_batch_of_validation == (False, False, False)
     assert forwards == [(True, True, True), (True, True, True), (False, False, False)] * 3
 
 
@@ -790,6 +791,9 @@ def test_an_image_reaches_the_student_in_the_layout(parts):
         ({"select": "beste"}, r"Did you mean 'best'\?"),
         ({"epochs": 0}, "epochs"),
         ({"accumulate": 0}, "accumulate"),
+        ({"clip": 0.0}, "clip"),
+        ({"clip": -1.0}, "clip"),
+        ({"optimizer": torch.optim.Adam([torch.zeros(1)])}, r"Pass torch\.optim\.Adam"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -805,6 +809,40 @@ def test_an_empty_training_part_and_a_batch_of_0_are_refused(parts):
         fit(alone(built()), TensorDataset(torch.zeros(0, 64), torch.zeros(0)))
     with pytest.raises(kdlib.DataError, match="0"):
         fit(alone(built()), parts.train, batch=0)
+
+
+def test_patience_below_1_is_refused(parts):
+    with pytest.raises(kdlib.TrainingError, match="patience"):
+        fit(alone(built()), parts.train, valid=parts.valid, patience=0)
+
+
+def pairwise_differences(student, teacher, batch):
+    """A point that wants more than one row."""
+    if len(student["logits"]) < 2:
+        raise kdlib.BatchError("One row has no difference.")
+    return (student["logits"][1:] - student["logits"][:-1]).square().mean()
+
+
+def test_a_last_batch_of_one_row_is_refused_before_the_first_epoch(parts):
+    student, rows, steps = normed(), len(parts.train) - 1, []  # batch norm wants two
+    saved = state(student)
+    with pytest.raises(kdlib.TrainingError, match=r"training part has 1 of its 100 rows.*batch size than 99"):
+        fit(alone(student), parts.train, batch=rows, callbacks=[steps.append])
+    of_pairs = kdlib.Distiller(built(), pairs=pairwise_differences)
+    with pytest.raises(kdlib.TrainingError, match=r"validation part has 1 of its 40 rows.*no difference"):
+        fit(
+            of_pairs,
+            TensorDataset(parts.train.x[:78], torch.zeros(78)),
+            valid=parts.valid,
+            batch=39,
+            callbacks=[steps.append],
+        )
+    assert equal(state(student), saved)
+    assert not steps
+
+
+def test_a_last_batch_of_one_row_will_do_for_batch_norm_in_validation(parts):
+    assert fit(alone(normed()), parts.train, valid=parts.valid, batch=13, epochs=1).steps == 8  # 40 = 3 * 13 + 1
 
 
 def test_a_batch_larger_than_the_part_is_one_batch(parts):
