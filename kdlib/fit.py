@@ -283,9 +283,10 @@ def _try_last_batch(distiller: Distiller, part: Any, batch: int, place: _Place, 
         try:
             place.forward(distiller, {**place.batch(rows), "clock": lambda: (int(distiller.step), 0)})
         except (KdlibError, ValueError) as error:
+            which = "training" if training else "validation"
             raise TrainingError(
-                f"The last batch of the {'training' if training else 'validation'} part has {rest} of its {len(part)} "
-                f"rows, and the distiller cannot take it. {error} Choose another batch size than {batch}."
+                f"With batch={batch} the last batch of the {which} part has {rest} of its {len(part)} rows; choose "
+                f"another size. The distiller cannot take it: {error}"
             ) from error
 
 
