@@ -122,12 +122,14 @@ def _check_points(
     named = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
     parameters = [parameter for _, parameter in named]
     reached: set[str] = set()
+    idle = 0
     for name, (value, point) in points.items():
         what = f"point {name}"
         try:
             weight = value_in(value, batch, "weight")
             if weight == 0:
                 report.add("note", what, "weight 0 at this step: not computed")
+                idle += 1
                 continue
             versions = _versions(student_taps, teacher_taps)
             loss = point(student_taps, teacher_taps, batch)
@@ -156,6 +158,8 @@ def _check_points(
             norm = sum(float(gradient.float().square().sum()) for gradient in gradients if gradient is not None) ** 0.5
             seen = f"loss {number:.6g}, weight {weight:g}, gradient norm on the student {norm:.3g}"
             report.add("ok" if math.isfinite(norm) else "wrong", what, seen)
+    if idle == len(points):
+        report.add("wrong", "points", "none has a weight above 0 at this step: nothing would be trained")
     missed = [name for name, _ in named if name not in reached]
     if missed and reached:
         seen = f"{len(missed)} parameters get no gradient from any point: {', '.join(missed[:4])}"

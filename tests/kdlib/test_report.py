@@ -320,6 +320,10 @@ def test_a_point_of_weight_0_is_noted_and_not_computed():
     assert "point never" in str(report)
 
 
+def test_weights_of_0_everywhere_are_wrong():
+    assert "points: none has a weight above 0" in wrong(Setup(never=(0, kdlib.HardLabels())).check())
+
+
 def test_without_an_optimizer_it_says_how_to_have_it_looked_at(setup):
     report = kdlib.Distiller(setup.student, hard=kdlib.HardLabels()).check(setup.batch)
     assert report
