@@ -435,6 +435,16 @@ def test_a_frozen_student_is_refused():
         kdlib.Distiller(kdlib.freeze(tapped()), hard=kdlib.HardLabels())
 
 
+def test_a_teacher_in_place_of_a_source_says_how_to_make_one_of_it():
+    with pytest.raises(kdlib.KdlibError, match=r"kdlib\.SameInput"):
+        kdlib.Distiller(tapped(), kdlib.freeze(tapped()), soft=kdlib.SoftLabels())
+
+
+def test_the_one_name_that_a_point_with_a_projector_cannot_have_is_refused():
+    with pytest.raises(kdlib.KdlibError, match="'training'"):
+        kdlib.Distiller(tapped(), source_of(), training=Projected())
+
+
 def test_a_student_that_is_no_module_is_refused():
     with pytest.raises(kdlib.KdlibError, match="function"):
         kdlib.Distiller(lambda x: {"logits": x}, hard=kdlib.HardLabels())
