@@ -79,6 +79,11 @@ def as_part(dataset: Any) -> Any:
     """Return a data part as it is, and any other map-style data set as one that is asked for by (epoch, index)."""
     if isinstance(dataset, DataLoader):
         raise DataError("A data set is wanted here, not a DataLoader: pass loader.dataset, and batch=... beside it.")
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DataError(
+            f"A data set is asked for its items by number; {type(dataset).__name__} has no length or no items by "
+            "number. Use it in a loop of your own."
+        )
     return dataset if isinstance(dataset, DataPart | _Plain) else _Plain(dataset)
 
 

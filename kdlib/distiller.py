@@ -101,6 +101,7 @@ class Distiller(nn.Module):
         self._advancing = [part for part in parts if hasattr(part, "advance")]
         self._prepared = False
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._hook: Any = None
 
     @property
     def points(self) -> dict[str, DistillPoint]:
@@ -135,7 +136,7 @@ class Distiller(nn.Module):
         """Return what the schedules of weights and of the points' settings give now, as ``name.weight`` and so on."""
         scheduled: dict[str, Value] = {f"{name}.weight": weight for name, weight in self.weights.items()}
         for name, point in self._points.items():
-            own = {key: value for key, value in vars(point).items() if isinstance(value, Schedule)}
+            own = {key: value for key, value in _attributes(point).items() if isinstance(value, Schedule)}
             scheduled |= {f"{name}.{key}": value for key, value in own.items()}
         step = int(self.step)
         return {name: value_at(value, step, epoch) for name, value in scheduled.items() if callable(value)}
@@ -165,8 +166,13 @@ class Distiller(nn.Module):
             part.advance(self.student)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Have the optimizer's ``step`` call :meth:`advance`, and return the optimizer."""
-        optimizer.register_step_post_hook(_Advance(self))
+        """Have the optimizer's ``step`` call :meth:`advance`, and return the optimizer.
+
+        With several optimizers attach them in the order of their steps: the clock moves with the last one's.
+        """
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = optimizer.register_step_post_hook(_Advance(self))
         self._optimizers.append(optimizer)
         return optimizer
 
@@ -210,6 +216,12 @@ class Distiller(nn.Module):
                     f"Teacher and student share {len(shared)} parameters, '{shared[0]}' first: training one would "
                     "change the other. Make the student a copy: copy.deepcopy(model)."
                 )
+
+
+def _attributes(point: Any) -> dict[str, Any]:
+    """Return a point's attributes, with those of the point that it shows another teacher (``kdlib.of``)."""
+    inner = getattr(point, "point", None)
+    return vars(point) if inner is None else {**vars(point), **_attributes(inner)}
 
 
 class _blamed:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
+from kdlib.batch import tensors_in
 from kdlib.data import CLEAN, Loader, as_part, to_device
-from kdlib.distiller import Distiller, Losses
-from kdlib.errors import TrainingError, did_you_mean
+from kdlib.distiller import Distiller, Losses, untouched
+from kdlib.errors import KdlibError, TrainingError, did_you_mean
 from kdlib.files import write_json
 from kdlib.interfaces import Batch, SoftLabelSource
 from kdlib.keyed import default_generators_keyed
@@ -95,7 +96,7 @@ def fit(
         train: a data part, or any map-style data set of ``(x, y)`` pairs or mappings.
         valid: the same kind, for ``select`` and ``patience``.
         epochs: passes over the training part, at least 1.
-        batch: rows a batch.
+        batch: rows a batch. The last batch of an epoch has what is left.
         optimizer: ``adam``, ``adamw``, ``sgd`` (torch's defaults), or a function (parameters, lr=...) -> optimizer.
         lr: the learning rate; with ``one_cycle`` its peak.
         schedule: ``constant``; ``one_cycle`` (torch's OneCycleLR) or ``cosine`` to 0, both over all optimizer steps.
@@ -126,7 +127,7 @@ def fit(
         >>> history.steps
         10
     """
-    _refuse_settings(valid, epochs, select, patience, accumulate)
+    _refuse_settings(valid, epochs, select, patience, accumulate, clip, optimizer)
     for name, value, known in (
         ("optimizer", optimizer if isinstance(optimizer, str) else "adam", OPTIMIZERS),
         ("precision", precision, PRECISIONS),
@@ -153,13 +154,16 @@ def fit(
         with default_generators_keyed(place.device, seed, "step", "prepare"):
             batch_0 = next(first.epoch(CLEAN))
             with place.autocast():
-                tried = {**place.batch(batch_0), "clock": lambda: (0, 0)}
+                tried = {**place.batch(batch_0), "clock": lambda: (int(distiller.step), 0)}
                 report = distiller.prepare(tried).check(tried)
         if report.fault is not None:
             raise report.fault
         if not report:
             samples = _samples(batch_0, loader.dataset)
             raise TrainingError(f"The distiller does not pass its check on the first batch.\n{report}\n{samples}")
+        _try_last_batch(distiller, loader.dataset, batch, place, seed, training=True)
+        if valid_loader is not None:
+            _try_last_batch(distiller, valid_loader.dataset, batch, place, seed, training=False)
         maker = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
         stepper = maker([parameter for parameter in distiller.parameters() if parameter.requires_grad], lr=lr)
         steps = epochs * -(-len(loader) // accumulate)
@@ -200,7 +204,7 @@ def fit(
                 tell(Event("step", step, epoch, losses, distiller, now))
             record = {"epoch": epoch, "step": step, "lr": rate, **means.result()}
             if valid_loader is not None:
-                record |= _validate(distiller, valid_loader, place, (step, epoch), seed)
+                record |= _validate(distiller, valid_loader, place, (int(distiller.step), epoch), seed)
             record["seconds"] = time.perf_counter() - started
             history.epochs.append(record)
             over = chosen.see(epoch, record.get("valid_total"), distiller)
@@ -262,6 +266,28 @@ class _Choice:
             return last
         distiller.load_state_dict(self.weights)
         return self.best
+
+
+def _try_last_batch(distiller: Distiller, part: Any, batch: int, place: _Place, seed: int, *, training: bool) -> None:
+    """Refuse a last batch that is too small for a batch norm or a point, before an epoch is spent on getting there."""
+    rest = len(part) % batch
+    if not rest:
+        return
+    with (
+        untouched(distiller),
+        torch.no_grad(),
+        default_generators_keyed(place.device, seed, "step", "last batch"),
+    ):
+        distiller.train(training)
+        rows = next(Loader(part, batch=rest, shuffle=False, keyed=True).epoch(CLEAN))
+        try:
+            place.forward(distiller, {**place.batch(rows), "clock": lambda: (int(distiller.step), 0)})
+        except (KdlibError, ValueError) as error:
+            which = "training" if training else "validation"
+            raise TrainingError(
+                f"With batch={batch} the last batch of the {which} part has {rest} of its {len(part)} rows; choose "
+                f"another size. The distiller cannot take it: {error}"
+            ) from error
 
 
 def _gradients(
@@ -449,18 +475,32 @@ def _samples(batch: Batch, dataset: Any) -> str:
     """Name the samples of a batch: those whose input is not finite, else all."""
     ids = getattr(dataset, "ids", None)
     names = [str(index) if ids is None else ids[index] for index in batch["index"].tolist()]
-    x = batch["x"]
-    bad = []
-    if isinstance(x, Tensor) and x.is_floating_point():
-        finite = torch.isfinite(x).flatten(1).all(1) if x.dim() > 1 else torch.isfinite(x)
-        bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+    good = torch.ones(len(names), dtype=torch.bool)
+    for value in tensors_in(batch):
+        if value.is_floating_point() and value.dim() and len(value) == len(names):
+            good &= torch.isfinite(value).reshape(len(names), -1).all(1)
+    bad = [name for name, finite in zip(names, good.tolist(), strict=True) if not finite]
     if bad:
         return f"Samples whose input is not finite: {', '.join(bad)}."
     return f"The inputs are finite; the samples are: {', '.join(names)}."
 
 
-def _refuse_settings(valid: Any, epochs: int, select: Any, patience: Any, accumulate: int) -> None:
-    if epochs < 1 or accumulate < 1:
-        raise TrainingError(f"epochs and accumulate are at least 1, not {epochs} and {accumulate}.")
+def _refuse_settings(
+    valid: Any, epochs: int, select: Any, patience: int | None, accumulate: int, clip: float | None, optimizer: Any
+) -> None:
+    for name, count in (
+        ("epochs", epochs),
+        ("accumulate", accumulate),
+        ("patience", 1 if patience is None else patience),
+    ):
+        if count < 1:
+            raise TrainingError(f"{name} is at least 1, not {count}.")
+    if clip is not None and not clip > 0:  # a negative one would turn the gradient round
+        raise TrainingError(f"clip is a norm above 0, not {clip}.")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise TrainingError(
+            f"optimizer is a name or a function of (parameters, lr=...), not an optimizer that is made already: it may "
+            f"lack projectors. Pass torch.optim.{type(optimizer).__name__}, or functools.partial of it."
+        )
     if valid is None and (select == "best" or patience is not None):
         raise TrainingError("select='best' and patience need a validation part; there is none. Take select='last'.")

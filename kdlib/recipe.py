@@ -356,6 +356,11 @@ def _system(block: SystemBlock, at: str, train: Block, base: Path) -> System:
         raise RecipeError(f"{at}points: a system with a source needs a point, for example kind = 'soft_labels'.")
     if block.source is None and block.teacher.cross_fit is not None:
         raise RecipeError(f"{at}teacher.cross_fit: there is no source; cross-fitted teachers label for a student.")
+    if block.teacher.weights is not None and block.teacher.cross_fit is not None:
+        raise RecipeError(
+            f"{at}teacher.cross_fit: its teachers are trained here, each without a part of the recordings; those of "
+            f"{at}teacher.weights were trained elsewhere. Leave one of the two out."
+        )
     if block.source is None and block.student.model_fields_set - {"model", "train"}:
         raise RecipeError(f"{at}source: required for a student. Without it one network is trained, the teacher.")
     source = None if block.source is None else _part("source", _seeded(block.source, student), f"{at}source", base)

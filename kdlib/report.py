@@ -77,6 +77,9 @@ def _check_teachers(
     source: SoftLabelSource | None, optimizers: Sequence[torch.optim.Optimizer], report: Report
 ) -> None:
     trained = _in_optimizers(optimizers)
+    if isinstance(source, nn.Module) and any(parameter.requires_grad for parameter in source.parameters()):
+        # A source's taps carry no gradient, so this is a teacher: in the optimizer, and in train mode with the student.
+        report.add("wrong", "source", "has parameters of its own: give it a frozen teacher, kdlib.freeze(model)")
     for teacher in teachers_in(source):
         name = f"teacher {type(teacher.model).__name__}"
         if any(module.training for module in teacher.model.modules()):
@@ -119,16 +122,22 @@ def _check_points(
     named = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
     parameters = [parameter for _, parameter in named]
     reached: set[str] = set()
+    idle = 0
     for name, (value, point) in points.items():
         what = f"point {name}"
         try:
             weight = value_in(value, batch, "weight")
             if weight == 0:
                 report.add("note", what, "weight 0 at this step: not computed")
+                idle += 1
                 continue
+            versions = _versions(student_taps, teacher_taps)
             loss = point(student_taps, teacher_taps, batch)
         except Exception as error:
             report.fail(what, error)
+            continue
+        if _versions(student_taps, teacher_taps) != versions:
+            report.add("wrong", what, "changed a tap in place: the points after it see other numbers")
             continue
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             seen = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -140,15 +149,26 @@ def _check_points(
         elif not loss.requires_grad:
             report.add("wrong", what, f"loss {number:.6g} carries no gradient")
         else:
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            try:
+                gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            except Exception as error:
+                report.fail(what, error)
+                continue
             reached |= {name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is not None}
             norm = sum(float(gradient.float().square().sum()) for gradient in gradients if gradient is not None) ** 0.5
             seen = f"loss {number:.6g}, weight {weight:g}, gradient norm on the student {norm:.3g}"
             report.add("ok" if math.isfinite(norm) else "wrong", what, seen)
+    if idle == len(points):
+        report.add("wrong", "points", "none has a weight above 0 at this step: nothing would be trained")
     missed = [name for name, _ in named if name not in reached]
     if missed and reached:
         seen = f"{len(missed)} parameters get no gradient from any point: {', '.join(missed[:4])}"
         report.add("note", "student", seen)
+
+
+def _versions(*sides: Taps) -> list[int]:
+    """Return how often each tap was changed in place."""
+    return [tap._version for taps in sides for tap in taps.values() if not tap.is_inference()]
 
 
 def _check_optimizers(

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kdlib.batch import map_tensors
+from kdlib.batch import map_tensors, tensors_in
 from kdlib.errors import TapError, did_you_mean
 from kdlib.interfaces import Taps
 
@@ -178,13 +178,16 @@ def _describe(value: Any) -> str:
 
 
 def checked_taps(output: Any, role: str) -> Taps:
-    """Return a model's output if it is a mapping of taps, else say how to make it one."""
+    """Return the tensors of a model's output if it is a mapping, else say how to make it one.
+
+    What is no tensor, such as a named output's tuple of all hidden states, is no tap; Tapped picks from it.
+    """
     if not isinstance(output, Mapping):
         raise TapError(
             f"The {role} returned {_describe(output)}, not taps. Wrap it: "
             "kdlib.Tapped(model, logits=\"\") names its output 'logits'."
         )
-    return output
+    return {name: tap for name, tap in output.items() if isinstance(tap, Tensor)}
 
 
 class Frozen:
@@ -228,7 +231,7 @@ class Frozen:
         return method
 
     def _run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        example = next(_tensors((args, kwargs)), None)
+        example = next(tensors_in((args, kwargs)), None)
         if any(part.training for part in self._parts):
             self.model.eval()
         home = None if example is None else example.device
@@ -329,17 +332,6 @@ def teachers_in(holder: Any, _depth: int = 3) -> Iterator[Frozen]:
     elif _depth and not isinstance(holder, Tensor) and hasattr(holder, "__dict__"):
         for value in vars(holder).values():
             yield from teachers_in(value, _depth - 1)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _moved(value: Any, device: torch.device | None, dtype: torch.dtype | None = None) -> Any:

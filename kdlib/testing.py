@@ -94,10 +94,10 @@ def check_point(
     again = point(leaves, frozen, given)
     assert torch.equal(loss, again), f"called twice the point gives {loss.item()} and {again.item()}: state or chance"
     if not row_order:
-        turned = [{n: _turned(v) for n, v in side.items()} for side in (leaves, frozen, given)]
-        other = point(turned[0], turned[1], turned[2])
+        reordered = [{n: _reordered(v) for n, v in side.items()} for side in (leaves, frozen, given)]
+        other = point(reordered[0], reordered[1], reordered[2])
         assert torch.allclose(loss, other, rtol=1e-4, atol=1e-6), (
-            f"turning the rows round changes the loss from {loss.item()} to {other.item()}; "
+            f"putting the rows in another order changes the loss from {loss.item()} to {other.item()}; "
             "if that is meant, call check_point(..., row_order=True)"
         )
     small = [{n: _bf16(v) for n, v in side.items()} for side in (leaves, frozen)]
@@ -138,10 +138,12 @@ def check_source(source: SoftLabelSource, batch: Batch) -> None:
         assert not any(p.requires_grad for p in teacher.model.parameters()), "a teacher's parameters ask for gradients"
     again = source(given)
     assert all(torch.equal(tap, again[name]) for name, tap in taps.items()), "called twice the taps differ"
-    turned = source({name: _turned(value) for name, value in given.items()})
+    reordered = source({name: _reordered(value) for name, value in given.items()})
     for name, tap in taps.items():
-        aligned = tap.dim() == 0 or torch.allclose(_turned(tap), turned[name], rtol=1e-4, atol=1e-5)
-        assert aligned, f"tap '{name}' is not aligned with the batch: turning the rows round does not turn it round"
+        aligned = tap.dim() == 0 or torch.allclose(_reordered(tap), reordered[name], rtol=1e-4, atol=1e-5)
+        assert aligned, (
+            f"tap '{name}' is not aligned with the batch: with its rows in another order it is not the same rows"
+        )
 
 
 def check_model(model: nn.Module, x: Any) -> None:
@@ -168,12 +170,14 @@ def check_model(model: nn.Module, x: Any) -> None:
             assert isinstance(tap, Tensor), f"tap '{name}' is a {type(tap).__name__}, not a tensor"
             assert torch.isfinite(tap).all(), f"tap '{name}' is not finite"
         fewer = call(model, map_tensors(lambda tensor: tensor[:-1], x))
-        turned = call(model, _turned(x))
+        reordered = call(model, _reordered(x))
         for name, tap in taps.items():
             unmixed = torch.allclose(tap[:-1], fewer[name], rtol=1e-3, atol=1e-4)
-            aligned = torch.allclose(_turned(tap), turned[name], rtol=1e-3, atol=1e-4)
+            aligned = torch.allclose(_reordered(tap), reordered[name], rtol=1e-3, atol=1e-4)
             assert unmixed, f"tap '{name}' mixes rows in eval mode: without the last row the others differ"
-            assert aligned, f"tap '{name}' mixes rows in eval mode: turning the input round does not turn it round"
+            assert aligned, (
+                f"tap '{name}' mixes rows in eval mode: with the input's rows in another order it is not the same rows"
+            )
         twin = copy.deepcopy(model)
         for value in [*twin.parameters(), *twin.buffers()]:
             value.zero_()
@@ -193,9 +197,16 @@ def check_model(model: nn.Module, x: Any) -> None:
     assert not missed, f"no tap depends on the parameters {', '.join(missed[:4])}"
 
 
-def _turned(value: Any) -> Any:
-    """Return a nest of tensors with the rows in reverse order."""
-    return map_tensors(lambda tensor: tensor.flip(0) if tensor.dim() else tensor, value)
+def _reordered(value: Any) -> Any:
+    """Return a nest of tensors with the rows in another order."""
+
+    def of(tensor: Tensor) -> Tensor:
+        if not tensor.dim():
+            return tensor
+        rows = torch.arange(len(tensor), device=tensor.device)
+        return tensor[torch.cat([rows[1::2], rows[::2]]).flip(0)]  # not the reverse: it keeps neighbours together
+
+    return map_tensors(of, value)
 
 
 def _bf16(value: Tensor) -> Tensor:

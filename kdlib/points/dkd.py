@@ -51,7 +51,7 @@ def dkd_loss(
             f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; DKD wants class numbers of shape "
             f"{tuple(z_student.shape[:-1])}."
         )
-    labels = labels if mask is None else labels.where(mask.bool(), 0)  # what is masked may hold any number
+    labels = labels.long() if mask is None else labels.long().where(mask.bool(), 0)  # the masked may be any number
     true = labels.unsqueeze(-1)
     others = torch.arange(classes - 1, device=labels.device)
     others = others + (others >= true)  # all class numbers but the true one

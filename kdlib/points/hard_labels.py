@@ -12,6 +12,9 @@ from kdlib.errors import BatchError
 from kdlib.interfaces import Batch, Taps
 from kdlib.points.reduction import mean_over_batch, rows_of
 
+IGNORED = -100
+"""The class number that torch and others take for "no label here"."""
+
 
 def hard_cross_entropy(
     logits: Tensor, labels: Tensor, *, dim: int = -1, mask: Tensor | None = None, label_smoothing: float = 0.0
@@ -20,7 +23,8 @@ def hard_cross_entropy(
 
     Args:
         logits: any shape, classes on ``dim``.
-        labels: class numbers, shaped like the logits without ``dim``; or probabilities, shaped like the logits.
+        labels: class numbers, shaped like the logits without ``dim``; or probabilities, shaped like the logits. A
+            position with the number -100 does not count, as in torch.
         dim: the axis of the classes.
         mask: 1 where a position counts and 0 where not, shaped like the logits without ``dim``.
         label_smoothing: the share of the target spread evenly over all classes, from 0 to 1.
@@ -37,7 +41,7 @@ def hard_cross_entropy(
     if labels.is_floating_point():
         targets = rows_of(labels, dim, mask).to(rows.dtype)
     else:  # what is masked may hold any number
-        targets = labels if mask is None else labels.where(mask.bool(), 0)
+        targets = (labels if mask is None else labels.where(mask.bool(), IGNORED)).long()
     if (
         targets.shape not in (rows.shape, rows.shape[:-1])
         or (targets.dim() == rows.dim()) != labels.is_floating_point()
@@ -47,14 +51,19 @@ def hard_cross_entropy(
             "logits without the axis of the classes, probabilities like the logits."
         )
     flat = targets.flatten(0, -2) if labels.is_floating_point() else targets.flatten()
-    loss = F.cross_entropy(rows.flatten(0, -2), flat, reduction="none", label_smoothing=label_smoothing)
+    loss = F.cross_entropy(
+        rows.flatten(0, -2), flat, reduction="none", label_smoothing=label_smoothing, ignore_index=IGNORED
+    )
+    if not labels.is_floating_point():
+        mask = (targets != IGNORED) if mask is None else mask * (targets != IGNORED)
     return mean_over_batch(loss.view(rows.shape[:-1]), mask)
 
 
 class HardLabels:
     """The one-hot point: minus the log-probability of the true class, averaged over the batch.
 
-    Needs ``y`` in the batch. A ``mask`` in the batch is honoured. Looks at no teacher.
+    Needs ``y`` in the batch. A ``mask`` in the batch is honoured, and so is the label -100, as in torch. Looks at no
+    teacher.
 
     Args:
         tap: the student's logits.

@@ -32,6 +32,8 @@ def selectivity_mmd(
     one_of("kernel", kernel, get_args(Kernel))
     refuse_shapes("neuron selectivity wants taps (B, C, T) or (B, C, H, W)", student, teacher)
     s, t = (unit(tap.flatten(2)) for tap in same_size(student, teacher.detach()))
+    precise = torch.promote_types(s.dtype, t.dtype)
+    s, t = s.to(precise), t.to(precise)
     with full_precision(s):
         if kernel == "gaussian":
             # One width for all three terms: otherwise it is no MMD, and equal taps would not give 0.

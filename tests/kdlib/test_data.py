@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import kdlib
 from kdlib.data import to_device
@@ -216,6 +216,16 @@ def test_the_global_state_is_untouched(workers):
 
 
 # refusals
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(pairs())
+
+
+def test_a_data_set_without_items_by_number_is_refused():
+    with pytest.raises(kdlib.DataError, match="Stream"):
+        kdlib.Loader(Stream(), batch=2)
 
 
 def test_an_empty_data_set_is_refused():

@@ -35,12 +35,12 @@ def batch_of(rank, step):
     return {"x": torch.randn(6, 4, generator=generator), "y": torch.randint(3, (6,), generator=generator)}
 
 
-def work(rank, port, points, queue):
+def work(rank, port, queue):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        queue.put((rank, *trained(rank, points)))
+        queue.put((rank, {points: trained(rank, points) for points in POINTS}))
     finally:
         # The wrapper is part of a reference cycle. One that lives on to the end of the interpreter holds gloo's
         # threads, and torch then aborts the process every few runs.
@@ -72,16 +72,22 @@ def by_hand(points):
     return [parameter.detach() for parameter in distiller.parameters()]
 
 
-@pytest.mark.parametrize("points", POINTS)
-def test_ddp_around_the_distiller_equals_the_mean_of_the_ranks_gradients(points):
+@pytest.fixture(scope="module")
+def ranks():
+    """What two processes found, by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
-    mp.spawn(work, args=(port, points, queue), nprocs=2)
-    found = sorted((queue.get() for _ in range(2)), key=lambda one: one[0])
-    assert [one[1] for one in found] == [5, 5]
-    for mine, other, wanted in zip(found[0][2], found[1][2], by_hand(points), strict=True):
+    mp.spawn(work, args=(port, queue), nprocs=2)
+    return dict(queue.get() for _ in range(2))
+
+
+@pytest.mark.parametrize("points", POINTS)
+def test_ddp_around_the_distiller_equals_the_mean_of_the_ranks_gradients(ranks, points):
+    (steps, first), (others, second) = ranks[0][points], ranks[1][points]
+    assert steps == others == 5
+    for mine, other, wanted in zip(first, second, by_hand(points), strict=True):
         assert (mine == other).all()
         torch.testing.assert_close(torch.from_numpy(mine), wanted, rtol=1e-6, atol=1e-7)

@@ -298,6 +298,48 @@ def test_attach_calls_advance_once_per_step_of_the_optimizer():
         assert point.advanced[-1] is student
 
 
+def test_with_two_optimizers_the_clock_moves_once_after_the_last_one():
+    point = Projected()
+    distiller = kdlib.Distiller(tapped(), source_of(), hidden=point).prepare(batch_of())
+    for_student = distiller.attach(torch.optim.Adam(distiller.student.parameters()))
+    for_projector = distiller.attach(torch.optim.SGD(distiller.projectors.parameters()))
+    distiller(batch_of()).total.backward()
+    for_student.step()
+    assert int(distiller.step) == 0
+    for_projector.step()
+    assert int(distiller.step) == len(point.advanced) == 1
+    assert "not in the optimizer" not in str(distiller.check(batch_of()))
+
+
+def test_attaching_an_optimizer_again_counts_its_steps_once():
+    distiller = kdlib.Distiller(tapped(), hard=kdlib.HardLabels())
+    optimizer = torch.optim.Adam(distiller.parameters())
+    distiller.attach(distiller.attach(optimizer))
+    distiller(batch_of()).total.backward()
+    optimizer.step()
+    assert int(distiller.step) == 1
+
+
+class Output(nn.Module):
+    """A model whose output is a mapping with more in it than tensors, as large libraries return."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return {"loss": None, "logits": self.layer(x), "hidden_states": (x, x)}
+
+
+def test_what_is_no_tensor_in_a_models_output_is_no_tap():
+    teacher = kdlib.freeze(Output())
+    assert list(teacher(torch.zeros(2, 4))) == ["logits"]
+    distiller = kdlib.Distiller(Output(), kdlib.SameInput(teacher), soft=kdlib.SoftLabels())
+    assert distiller.check(batch_of())
+    with pytest.raises(kdlib.TapError, match="no tap 'hidden_states'"):
+        kdlib.Distiller(Output(), hard=kdlib.HardLabels(tap="hidden_states"))(batch_of())
+
+
 def test_forward_changes_nothing_that_is_saved_but_running_statistics():
     distiller = kdlib.Distiller(tapped(), source_of(), hidden=Projected(), hard=kdlib.HardLabels()).prepare(batch_of())
     before = copy.deepcopy(distiller.state_dict())
@@ -391,6 +433,16 @@ def test_a_student_that_returns_a_bare_tensor_says_how_to_wrap_it():
 def test_a_frozen_student_is_refused():
     with pytest.raises(kdlib.KdlibError, match="swapped"):
         kdlib.Distiller(kdlib.freeze(tapped()), hard=kdlib.HardLabels())
+
+
+def test_a_teacher_in_place_of_a_source_says_how_to_make_one_of_it():
+    with pytest.raises(kdlib.KdlibError, match=r"kdlib\.SameInput"):
+        kdlib.Distiller(tapped(), kdlib.freeze(tapped()), soft=kdlib.SoftLabels())
+
+
+def test_the_one_name_that_a_point_with_a_projector_cannot_have_is_refused():
+    with pytest.raises(kdlib.KdlibError, match="'training'"):
+        kdlib.Distiller(tapped(), source_of(), training=Projected())
 
 
 def test_a_student_that_is_no_module_is_refused():

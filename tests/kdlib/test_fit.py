@@ -228,6 +228,16 @@ def test_validation_sees_the_schedules_as_they_are(parts):
     assert weights == pytest.approx([1.0, 2.0, 3.0], rel=1e-6)
 
 
+def test_the_clock_of_a_second_training_goes_on_in_validation_too(parts):
+    ramp = kdlib.Schedule(kind="linear", start=1.0, end=2.0, steps=8)  # twice the steps of a training
+    distiller = kdlib.Distiller(built(), hard=(ramp, kdlib.HardLabels()))
+    of_validation = []
+    for _ in range(2):
+        history = fit(distiller, parts.train, valid=parts.valid, epochs=1)
+        of_validation.append(history.epochs[0]["valid_total"] / history.epochs[0]["valid_hard"])
+    assert of_validation == pytest.approx([1.5, 2.0])
+
+
 # modes and state of the caller
 
 
@@ -239,8 +249,9 @@ def test_train_mode_is_restored_every_epoch_after_validation(parts):
         return cross_entropy(taps["logits"], batch["y"])
 
     fit(kdlib.Distiller(student, watching=watching), parts.train, valid=parts.valid, batch=50, epochs=3)
-    check, *forwards = seen
+    check, last_batch_of_validation, *forwards = seen
     assert check == (True, True, True)
+    assert last_batch_of_validation == (False, False, False)
     assert forwards == [(True, True, True), (True, True, True), (False, False, False)] * 3
 
 
@@ -634,6 +645,30 @@ def test_a_plain_data_sets_sample_is_named_by_its_number(parts):
         fit(alone(built()), TensorDataset(x, torch.tensor(parts.train.labels)))
 
 
+class Named(torch.utils.data.Dataset):
+    """Items whose x is a mapping of two tensors."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        wrong = torch.nan if index == 5 else 1.0
+        return {"x": {"left": torch.ones(4), "right": torch.full((4,), wrong)}, "y": index % 3}
+
+
+def test_a_sample_is_found_among_named_inputs_too():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, left, right):
+            return {"logits": self.layer(left + right)}
+
+    with pytest.raises(kdlib.TrainingError, match=r"Samples whose input is not finite: 5\."):
+        fit(alone(Two()), Named(), batch=4)
+
+
 def stopped(student, root, data, match, **settings):
     """Train with a point that goes wrong in the second epoch; return the states before and after the stop."""
 
@@ -756,6 +791,9 @@ def test_an_image_reaches_the_student_in_the_layout(parts):
         ({"select": "beste"}, r"Did you mean 'best'\?"),
         ({"epochs": 0}, "epochs"),
         ({"accumulate": 0}, "accumulate"),
+        ({"clip": 0.0}, "clip"),
+        ({"clip": -1.0}, "clip"),
+        ({"optimizer": torch.optim.Adam([torch.zeros(1)])}, r"Pass torch\.optim\.Adam"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -771,6 +809,43 @@ def test_an_empty_training_part_and_a_batch_of_0_are_refused(parts):
         fit(alone(built()), TensorDataset(torch.zeros(0, 64), torch.zeros(0)))
     with pytest.raises(kdlib.DataError, match="0"):
         fit(alone(built()), parts.train, batch=0)
+
+
+def test_patience_below_1_is_refused(parts):
+    with pytest.raises(kdlib.TrainingError, match="patience"):
+        fit(alone(built()), parts.train, valid=parts.valid, patience=0)
+
+
+def pairwise_differences(student, teacher, batch):
+    """A point that wants more than one row."""
+    if len(student["logits"]) < 2:
+        raise kdlib.BatchError("One row has no difference.")
+    return (student["logits"][1:] - student["logits"][:-1]).square().mean()
+
+
+def test_a_last_batch_of_one_row_is_refused_before_the_first_epoch(parts):
+    student, rows, steps = normed(), len(parts.train) - 1, []  # batch norm wants two
+    saved = state(student)
+    with pytest.raises(
+        kdlib.TrainingError,
+        match=r"batch=99 the last batch of the training part has 1 of its 100 rows.*more than 1 value",
+    ):
+        fit(alone(student), parts.train, batch=rows, callbacks=[steps.append])
+    of_pairs = kdlib.Distiller(built(), pairs=pairwise_differences)
+    with pytest.raises(kdlib.TrainingError, match=r"validation part has 1 of its 40 rows.*no difference"):
+        fit(
+            of_pairs,
+            TensorDataset(parts.train.x[:78], torch.zeros(78)),
+            valid=parts.valid,
+            batch=39,
+            callbacks=[steps.append],
+        )
+    assert equal(state(student), saved)
+    assert not steps
+
+
+def test_a_last_batch_of_one_row_will_do_for_batch_norm_in_validation(parts):
+    assert fit(alone(normed()), parts.train, valid=parts.valid, batch=13, epochs=1).steps == 8  # 40 = 3 * 13 + 1
 
 
 def test_a_batch_larger_than_the_part_is_one_batch(parts):

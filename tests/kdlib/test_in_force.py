@@ -28,6 +28,12 @@ def test_constant_settings_are_not_repeated_in_the_log():
     assert distiller.in_force(0) == {}
 
 
+def test_a_schedule_in_a_point_of_one_of_several_teachers_is_logged_as_any_other():
+    cooling = kdlib.Schedule(kind="linear", start=4.0, end=1.0, epochs=3)
+    point = kdlib.of("a", kdlib.of("b", kdlib.SoftLabels(temperature=cooling)))
+    assert kdlib.Distiller(DigitsMLP(width=4), soft=point).in_force(3) == {"soft.temperature": 1.0}
+
+
 def test_a_point_that_a_recipe_limits_to_epochs_trains_and_is_logged_there_alone(tmp_path):
     changes = ["train.epochs=3", "student.train.epochs=3", "student.control=false", "points.soft.epochs=[1, 2]"]
     folder = run(read("digits", changes), tmp_path / "run", progress=False)

@@ -149,6 +149,15 @@ def test_a_student_starts_at_random_from_the_teacher_or_from_a_file(tmp_path):
     assert main({**base, "student": {"start": str(tmp_path / "a.safetensors")}}).start == tmp_path / "a.safetensors"
 
 
+def test_cross_fitted_teachers_are_trained_here_and_for_a_student(tmp_path):
+    base = changed(DIGITS, teacher__cross_fit=3)
+    assert main(base).cross_fit == read(read(base).dump()).systems["main"].cross_fit == 3
+    assert "2" in refused(base, ["teacher.cross_fit=1"])
+    assert "teacher.weights" in refused(base, [f"teacher.weights={tmp_path / 'w.safetensors'}"])
+    alone = {key: DIGITS[key] for key in ("data", "train", "teacher")}
+    assert "cross_fit" in refused(alone, ["teacher.cross_fit=3"])
+
+
 def test_a_student_of_another_model_cannot_start_from_the_teacher():
     text = refused(DIGITS, ["student.start=teacher"])
     assert text.startswith("student.start: ")

@@ -143,6 +143,50 @@ def test_it_changes_nothing_where_a_point_raises():
     assert_same(state(setup), before)
 
 
+class Raw(nn.Module):
+    """A source that is a module and holds its teacher as one."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    @torch.no_grad()
+    def forward(self, batch):
+        return self.net(batch["x"])
+
+
+def test_a_teacher_that_is_a_module_in_a_source_that_is_one_is_wrong():
+    distiller = kdlib.Distiller(tapped(), Raw(tapped(16)), soft=kdlib.SoftLabels())
+    assert "kdlib.freeze" in wrong(distiller.check({"x": torch.randn(6, 4)}))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_point_that_changes_a_tap_in_place_is_wrong_by_name(side):
+    def doubling(*taps_and_batch):
+        taps_and_batch[side]["logits"].mul_(2)
+        return mse_loss(taps_and_batch[0]["logits"], taps_and_batch[1]["logits"])
+
+    assert "point doubling: changed a tap in place" in wrong(Setup(soft=kdlib.SoftLabels(), doubling=doubling).check())
+
+
+class Broken(torch.autograd.Function):
+    """Its backward raises."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ArithmeticError("no way back")
+
+
+def test_a_backward_that_raises_is_wrong_by_name_and_not_a_crash():
+    report = Setup(broken=lambda s, t, b: Broken.apply(s["logits"])).check()
+    assert "point broken: ArithmeticError: no way back" in wrong(report)
+    assert isinstance(report.fault, ArithmeticError)
+
+
 def test_a_teacher_whose_parameters_want_gradients_is_wrong(setup):
     setup.net.requires_grad_(True)
     assert "gradient" in wrong(setup.check())
@@ -274,6 +318,10 @@ def test_a_point_of_weight_0_is_noted_and_not_computed():
     report = Setup(never=(0, explode), hard=kdlib.HardLabels()).check()
     assert report
     assert "point never" in str(report)
+
+
+def test_weights_of_0_everywhere_are_wrong():
+    assert "points: none has a weight above 0" in wrong(Setup(never=(0, kdlib.HardLabels())).check())
 
 
 def test_without_an_optimizer_it_says_how_to_have_it_looked_at(setup):

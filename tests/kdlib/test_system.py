@@ -21,6 +21,7 @@ from kdlib.files import write_tensors
 from kdlib.recipe import read
 from kdlib.registry import registry
 from kdlib.run import run
+from kdlib.sources import CrossFit, fold_of_groups
 from kdlib.system import outputs, stem
 
 MLP = {"kind": "digits_mlp", "width": 12}
@@ -383,6 +384,27 @@ def test_a_student_learns_from_the_teacher(base):
         logits = student(batch["x"])["logits"]
     assert first["soft"] == pytest.approx(cross_entropy(logits, target).item(), rel=1e-5)
     assert first["hard"] == pytest.approx(cross_entropy(logits, batch["y"]).item(), rel=1e-5)
+
+
+def test_cross_fitted_teachers_each_leave_out_what_they_label(ran):
+    """Everything done again by hand: three teachers, each on the rows of the other parts, and the student."""
+    system = ran(BASE, teacher={"cross_fit": 3})
+    data, recipe = digits().train, read(BASE).systems["main"]
+    settings = {"epochs": 2, "batch": 50, "threads": 1, "lr": 0.01, "progress": False}
+    folds = fold_of_groups(data.labels, data.groups, 3, 0)
+    sources = []
+    for part in range(3):
+        rest = np.flatnonzero(folds != part)
+        teacher = make_model(recipe.teacher.model, {"classes": 10}, 0, "main", "teacher")
+        kept = kdlib.TensorPart(data.x[rest], data.labels[rest])
+        kdlib.fit(kdlib.Distiller(teacher, hard=kdlib.HardLabels()), kept, **settings)
+        sources.append(kdlib.SameInput(kdlib.freeze(teacher)))
+        assert len(epochs_of(system, f"teacher-without-{part}")) == 2
+    student = make_model(recipe.student.model, {"classes": 10}, 0, "main", "student")
+    soft, hard = kdlib.SoftLabels(temperature=2.0), kdlib.HardLabels()
+    kdlib.fit(kdlib.Distiller(student, CrossFit(sources, data), soft=(0.9, soft), hard=(0.1, hard)), data, **settings)
+    assert equal(weights(system, "with"), student.state_dict())
+    assert not equal(weights(ran(BASE), "with"), student.state_dict())
 
 
 def test_a_control_that_starts_from_the_teacher_is_continued(ran):

@@ -235,6 +235,7 @@ BAD_POINTS = {
         lambda s, t, b: (s["logits"].roll(1, 0) - t["logits"]).square().mul(torch.arange(8).view(8, 1)).mean(),
         "rows",
     ),
+    "neighbours, either way round": (lambda s, t, b: s["logits"].diff(dim=0).square().mean(), "rows"),
     "a state": (Counting(), "twice"),
     "chance": (lambda s, t, b: mean_square(s, t, b) * torch.rand(()), "twice"),
 }

@@ -98,3 +98,9 @@ def test_the_weights_may_be_schedules():
     batch = {"y": y, "clock": lambda: (0, 2)}
     found = Dkd(alpha=ramp, beta=ramp)({"logits": student}, {"logits": teacher}, batch)
     assert found == dkd_loss(student, teacher, y, alpha=4.0, beta=4.0)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8])
+def test_class_numbers_of_any_integer_type_will_do(kind):
+    student, teacher, y = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 4, 2, 2])
+    assert torch.equal(dkd_loss(student, teacher, y.to(kind)), dkd_loss(student, teacher, y))

@@ -93,6 +93,21 @@ def test_padded_labels_under_the_mask_may_be_any_number(padding):
     assert torch.equal(loss, kdlib.hard_cross_entropy(logits, y, mask=mask))
 
 
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, True, True, False])])
+def test_the_label_minus_100_does_not_count_as_in_torch(mask):
+    logits, y = noise(4, 3), torch.tensor([2, -100, 0, 1])
+    kept = torch.tensor([0, 2, 3] if mask is None else [0, 2])
+    expected = torch.nn.functional.cross_entropy(logits[kept], y[kept])
+    torch.testing.assert_close(kdlib.hard_cross_entropy(logits, y, mask=mask), expected)
+    assert kdlib.hard_cross_entropy(logits, torch.full((4,), -100), mask=mask) == 0
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8])
+def test_class_numbers_of_any_integer_type_will_do(kind):
+    logits, y = noise(4, 3), torch.tensor([2, 1, 0, 1])
+    assert torch.equal(kdlib.hard_cross_entropy(logits, y.to(kind)), kdlib.hard_cross_entropy(logits, y))
+
+
 def test_a_mask_of_another_shape_names_both():
     with pytest.raises(kdlib.BatchError, match=r"\(2, 4\).*\(2, 3\)"):
         kdlib.hard_cross_entropy(noise(2, 3, 4), classes(2, 3, k=4), mask=torch.ones(2, 4))

@@ -132,6 +132,18 @@ def test_half_precision_is_computed_in_float32(case, dtype, tolerance):
 
 
 @EVERY
+@pytest.mark.parametrize(("ours", "theirs"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_teacher_of_another_precision_gives_the_loss_of_the_same_numbers(case, ours, theirs):
+    point = made(case, ours)
+    student, teacher = drawn(case[2], dtype=torch.float32), drawn(case[3], seed=1, dtype=torch.float32)
+    mixed = point(
+        {name: tap.to(ours) for name, tap in student.items()}, {n: t.to(theirs) for n, t in teacher.items()}, {}
+    )
+    alike = point(*({name: tap.to(ours) for name, tap in side.items()} for side in (student, teacher)), {})
+    torch.testing.assert_close(mixed.double(), alike.double(), rtol=1e-5, atol=1e-6)
+
+
+@EVERY
 def test_autocast_keeps_the_loss_in_float32(case):
     point = made(case, torch.float32)
     student, teacher = drawn(case[2], dtype=torch.float32), drawn(case[3], seed=1, dtype=torch.float32)
