@@ -55,7 +55,7 @@ def run_command(
 ) -> None:
     """Run a recipe: train, distil, score, and show the rows."""
     from kdlib.recipe import read
-    from kdlib.run import run
+    from kdlib.run import read_result, run
 
     _register(plugins)
     if dry:
@@ -67,8 +67,9 @@ def run_command(
         return
     say = (lambda _: None) if quiet else _print
     folder = run(read(recipe, changes), out, progress=not quiet, say=say)
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    result = read_result(folder)
     console.print(_table(result))
+    _list_pictures(folder)
     seconds = result["seconds"]
     _print(f"{seconds['wall']:.0f} s, {seconds['cpu'] / 60:.1f} CPU minutes. Everything is in {folder}")
 
@@ -117,6 +118,19 @@ def predict_command(
             _print(f"{file}: {next(iter(scores))}  ({best}{', ...' if len(scores) > 3 else ''})")
     if bad:
         raise KdlibError("\n".join(bad))
+
+
+@app.command("figures")
+def figures_command(run: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
+    """Draw the confusion matrices and training curves of a finished run anew, into its folder."""
+    from kdlib import figures
+    from kdlib.run import read_result
+
+    result, missing = read_result(run), figures.missing()
+    if missing is not None:
+        raise KdlibError(missing)
+    figures.draw(run, result)
+    _list_pictures(run)
 
 
 @app.command("plugins")
@@ -169,6 +183,13 @@ def recipes_command(
     for known, path in shipped().items():
         table.add_row(known, escape(text_of(path).partition("\n")[0].removeprefix("# ")))
     console.print(table)
+
+
+def _list_pictures(folder: Path) -> None:
+    names = sorted((path.relative_to(folder).as_posix() for path in folder.rglob("*.png")), key=lambda n: n.count("/"))
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    if names:
+        _print(f"Pictures: {', '.join(names[:8])}{more}")
 
 
 def _show_cost(cost: Any) -> None:
