@@ -55,7 +55,7 @@ def run_command(
 ) -> None:
     """Run a recipe: train, distil, score, and show the rows."""
     from kdlib.recipe import read
-    from kdlib.run import read_result, run
+    from kdlib.run import run
 
     _register(plugins)
     if dry:
@@ -67,7 +67,7 @@ def run_command(
         return
     say = (lambda _: None) if quiet else _print
     folder = run(read(recipe, changes), out, progress=not quiet, say=say)
-    result = read_result(folder)
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     console.print(_table(result))
     _list_pictures(folder)
     seconds = result["seconds"]
@@ -126,7 +126,7 @@ def figures_command(run: Annotated[Path, typer.Argument(help="The folder of a fi
     from kdlib import figures
     from kdlib.run import read_result
 
-    result, missing = read_result(run), figures.missing()
+    result, missing = read_result(run, ("name", "rows", "classes")), figures.missing()
     if missing is not None:
         raise KdlibError(missing)
     figures.draw(run, result)
@@ -186,7 +186,8 @@ def recipes_command(
 
 
 def _list_pictures(folder: Path) -> None:
-    names = sorted((path.relative_to(folder).as_posix() for path in folder.rglob("*.png")), key=lambda n: n.count("/"))
+    paths = sorted(folder.rglob("*.png"), key=lambda path: (len(path.parts), path.parent, path.stem))
+    names = [path.relative_to(folder).as_posix() for path in paths]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     if names:
         _print(f"Pictures: {', '.join(names[:8])}{more}")

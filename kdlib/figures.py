@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -155,10 +155,11 @@ def confusion_matrices(
     figure = Figure(figsize=(width, side))
     for number, (name, matrix) in enumerate(matrices.items()):
         axes = figure.add_axes((number * (side + gap) / width, 0, side / width, 1))
-        colours = _matrix(axes, matrix, side)
+        marked = {cell for pair, _ in boxed for cell in (pair, pair[::-1])}
+        colours = _matrix(axes, matrix, side, marked)
         _name_classes(axes, names, side, rows=number == 0)
-        for (one, other), (colour, line) in boxed:
-            for corner in ((one, other), (other, one)):
+        for pair, (colour, line) in boxed:
+            for corner in (pair, pair[::-1]):
                 box = Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linestyle=line, linewidth=2.2, zorder=3)
                 box.set_clip_on(False)
                 axes.add_patch(box)
@@ -209,7 +210,7 @@ def training_curves(trainings: Mapping[str, Path], *, title: str = "") -> Figure
     terms = {name: _terms(columns) for name, columns in read.items()}
     columns = min(len(read), ABREAST)
     rows = -(-len(read) // columns)
-    height = rows * (1.2 + 1.5 * max(2, *map(len, terms.values()))) + 0.5
+    height = rows * (1.6 + max(3.0, *(1.4 * len(of) for of in terms.values()))) + 0.5
     figure = Figure(figsize=(max(3.2 * columns, 5.0), height), layout="constrained")
     grid = figure.add_gridspec(rows, columns)
     for number, (name, values) in enumerate(read.items()):
@@ -231,8 +232,11 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _matrix(axes: Axes, matrix: np.ndarray, side: float) -> Any:
-    """Draw the cells of a confusion matrix, with their counts where they are large enough, and return the colours."""
+def _matrix(axes: Axes, matrix: np.ndarray, side: float, marked: Container[tuple[int, int]]) -> Any:
+    """Draw the cells of a confusion matrix, with their counts where there is room, and return the colours.
+
+    A zero is left blank where it is not marked.
+    """
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     cell = 72 * side / len(matrix)  # points
     line = min(0.6, cell / 30)
@@ -241,11 +245,11 @@ def _matrix(axes: Axes, matrix: np.ndarray, side: float) -> Any:
     axes.spines[:].set_visible(False)
     size = min(10.0, 0.5 * cell, 1.3 * cell / len(str(matrix.max())))
     if size >= 4.5:
-        for row, column in np.argwhere(matrix).tolist():
+        for (row, column), count in np.ndenumerate(matrix):
+            if not count and (row, column) not in marked:
+                continue
             colour = "white" if shares[row, column] > 0.55 else "black"
-            axes.text(
-                column + 0.5, row + 0.5, str(matrix[row, column]), size=size, color=colour, ha="center", va="center"
-            )
+            axes.text(column + 0.5, row + 0.5, str(count), size=size, color=colour, ha="center", va="center")
     return colours
 
 
@@ -292,7 +296,9 @@ def _curves(
 
     epochs = columns["epoch"] + 1
     marker = "o" if len(epochs) < 3 else ""
-    grid = place.subgridspec(len(terms) + 1, 1, height_ratios=[*[2 * max(2, len(terms)) / len(terms)] * len(terms), 1])
+    grid = place.subgridspec(
+        len(terms) + 1, 1, height_ratios=[*[max(3.0, 1.5 * len(terms)) / len(terms)] * len(terms), 1]
+    )
     axes: list[Axes] = [figure.add_subplot(grid[0])]
     axes += [figure.add_subplot(grid[row], sharex=axes[0]) for row in range(1, len(terms) + 1)]
     for term, axis in zip(terms, axes, strict=False):
@@ -302,23 +308,22 @@ def _curves(
         for values, colour, line in drawn:
             axis.plot(epochs, values, color=colour, linestyle=line, marker=marker, markersize=3, linewidth=1.4)
         _scale(axis, np.concatenate([values for values, *_ in drawn]))
-        axis.set_ylabel(_short(term))
     axes[-1].plot(epochs, columns["lr"], color=GREY, marker=marker, markersize=3, linewidth=1.4)
     axes[-1].set_ylim(bottom=0)
     axes[-1].ticklabel_format(axis="y", style="plain")
     axes[-1].yaxis.set_major_locator(MaxNLocator(3))
-    axes[-1].set_ylabel("rate")
     axes[-1].set_xlabel("epoch")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes[-1].set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     best = columns.get("valid_total")
-    for axis in axes:
+    for axis, what in zip(axes, [*map(_short, terms), "learning rate"], strict=True):
+        axis.annotate(what, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points")
         axis.label_outer()
         axis.grid(axis="y", color="#E6E6E6", linewidth=0.6)
         axis.set_axisbelow(True)
         if best is not None:
             axis.axvline(epochs[best.argmin()], color=GREY, linestyle=":", linewidth=1)
-    axes[0].set_title(title, fontweight="bold")
-    figure.align_ylabels(axes)
+    axes[0].set_title(title, fontweight="bold", pad=20)
 
 
 def _scale(axis: Axes, values: np.ndarray) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -100,11 +100,11 @@ def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], 
     return folder
 
 
-def read_result(folder: Path) -> dict[str, Any]:
+def read_result(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
     """Return what ``result.json`` of a finished run holds.
 
     Raises:
-        KdlibError: there is none, or it is not that of a run.
+        KdlibError: there is none, or it is not that of a run, for it lacks a wanted key.
     """
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -112,8 +112,7 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise KdlibError(f"{folder}: no finished run; it has no result.json.") from None
     except ValueError as error:
         raise KdlibError(f"{folder}: result.json cannot be read: {error}.") from None
-    wanted = {"name", "rows", "folds", "facts", "classes", "spreads"}
-    lacking = wanted - set(result if isinstance(result, dict) else ())
+    lacking = set(wanted) - set(result if isinstance(result, dict) else ())
     if lacking:
         raise KdlibError(f"{folder}: result.json is not that of a run: it lacks {', '.join(sorted(lacking))}.")
     return dict(result)

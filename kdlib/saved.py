@@ -100,7 +100,7 @@ def load_run(path: str | Path, fold: str | int | None = None) -> Run:
         kdlib.errors.KdlibError: no/such/run: no finished run; it has no result.json.
     """
     folder = Path(path)
-    result = read_result(folder)
+    result = read_result(folder, ("folds", "facts", "classes", "spreads"))
     chosen = _chosen(folder, result["folds"], fold)
     recipe = read(folder / "recipe.json")
     students: dict[str, nn.Module] = {}

@@ -71,5 +71,5 @@ def segments_figure(embeddings: Sequence[np.ndarray], labels: np.ndarray, names:
         axes.set_box_aspect(1)
     handles = grid.flat[0].collections[1:]
     figure.legend(handles, names, loc="outside lower center", ncols=2)
-    figure.suptitle(f"Test clips of {names[0]} and {names[1]} as the teacher embeds them", x=0.01, ha="left")
+    figure.suptitle("What the teacher makes of clips, by segments joined", x=0.01, ha="left", weight="bold", size=12)
     return figure
