@@ -310,8 +310,8 @@ def _curves(
         _scale(axis, np.concatenate([values for values, *_ in drawn]))
     axes[-1].plot(epochs, columns["lr"], color=GREY, marker=marker, markersize=3, linewidth=1.4)
     axes[-1].set_ylim(bottom=0)
-    axes[-1].ticklabel_format(axis="y", style="plain")
     axes[-1].yaxis.set_major_locator(MaxNLocator(3))
+    axes[-1].yaxis.set_major_formatter(_number)
     axes[-1].set_xlabel("epoch")
     axes[-1].set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     axes[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
@@ -328,14 +328,18 @@ def _curves(
 
 def _scale(axis: Axes, values: np.ndarray) -> None:
     """Make an axis logarithmic where that shows more."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 20 * values.min():
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_major_formatter(_number)
         axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _number(value: float, _: int) -> str:
+    return f"{value:g}"
 
 
 def _short(name: str) -> str:

@@ -173,6 +173,14 @@ def test_a_term_that_comes_later_or_is_negative_is_drawn(tmp_path):
     assert figure.axes[2].get_yscale() == "linear"
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e30])
+def test_a_rate_or_loss_of_any_size_leaves_room_for_its_curve(tmp_path, value):
+    head = ("epoch", "step", "lr", "hard", "total", "seconds")
+    path = log(tmp_path / "m.csv", head, *[(epoch, epoch, value, value, value, 1) for epoch in range(3)])
+    save(training_curves({"teacher": path}), tmp_path / "c.png")
+    assert_picture(tmp_path / "c.png")
+
+
 def test_a_log_without_an_epoch_is_named(tmp_path):
     with pytest.raises(DataError, match=r"m\.csv: holds no epoch"):
         training_curves({"teacher": log(tmp_path / "m.csv", ("epoch", "lr"))})
