@@ -338,7 +338,7 @@ def _scale(axis: Axes, values: np.ndarray) -> None:
         axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _number(value: float, _: int) -> str:
+def _number(value: float, _: float) -> str:
     return f"{value:g}"
 
 
