@@ -61,8 +61,8 @@ def segments_figure(embeddings: Sequence[np.ndarray], labels: np.ndarray, names:
         axes.set_visible(False)
     for number, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):
         axes.scatter(*plane.T, s=5, color="#E3E3E3", linewidths=0)
-        for label, name, (colour, marker) in zip(np.unique(labels), names, LOOKS, strict=True):
-            axes.scatter(*panel[labels == label].T, s=26, color=colour, marker=marker, linewidths=1.2, label=name)
+        for label, (colour, marker) in zip(np.unique(labels), LOOKS, strict=True):
+            axes.scatter(*panel[labels == label].T, s=26, color=colour, marker=marker, linewidths=1.2)
         segments = "1 segment" if number == 0 else f"{number + 1} segments"
         axes.set_title(f"{segments}: silhouette {separation(embeddings[number], labels):.2f}")
         axes.set_xticks([])

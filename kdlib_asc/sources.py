@@ -107,6 +107,13 @@ class MultiSegment:
 
     def dataset(self, part: DataPart) -> DataPart:
         """Return the part with what this source needs beside each item, loaded where the items are loaded."""
+        draw = self._table(part)
+        clean = self.view == "clean" or not getattr(part, "augmented", True)
+        frames = self._encode(part) if self.join == "frames" and clean else None
+        return _Joined(part, draw, clean=clean, frames=frames)
+
+    def _table(self, part: DataPart) -> Callable[..., np.ndarray]:
+        """Return the partners in a part as a function of the epoch."""
         draw = functools.partial(
             partners,
             part.labels,
@@ -118,9 +125,7 @@ class MultiSegment:
             classes=getattr(part, "classes", None),
         )
         draw(epoch=CLEAN)  # a class that is too small is noticed here, not in a loader worker
-        clean = self.view == "clean" or not getattr(part, "augmented", True)
-        frames = self._encode(part) if self.join == "frames" and clean else None
-        return _Joined(part, draw, clean=clean, frames=frames)
+        return draw
 
     def pictures(self, part: DataPart) -> dict[str, Figure]:
         """Draw how the teacher embeds clips joined with 1, 2, ... segments of their class (Heo et al. 2019, figure 1).
@@ -139,10 +144,12 @@ class MultiSegment:
         shown = np.concatenate([of[:: -(-len(of) // SHOWN)] for of in members])
         embeddings = []
         for segments in range(1, MOST_SEGMENTS + 1):
+            source = self._with(segments)
             try:
-                embeddings.append(self._with(segments)._embeddings(part, shown))
+                source._table(part)
             except DataError:  # a class has no more clips
                 break
+            embeddings.append(source._embeddings(part, shown))
         if len(embeddings) < 2:
             return {}
         classes = getattr(part, "classes", None)

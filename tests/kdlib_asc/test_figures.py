@@ -100,6 +100,17 @@ def test_a_class_of_one_clip_gives_no_picture():
     assert MultiSegment(kdlib.freeze(Ears()), part).pictures(part) == {}
 
 
+@pytest.mark.parametrize("join", ["input", "frames"])
+def test_a_clip_that_cannot_be_read_is_no_end_of_the_segments(join, monkeypatch):
+    def unread(*_):
+        raise kdlib.DataError("clip3.wav: is cut short")
+
+    part = Clips([0, 1] * 3)
+    monkeypatch.setattr(Clips, "__getitem__", unread)
+    with pytest.raises(kdlib.DataError, match="cut short"):
+        MultiSegment(kdlib.freeze(Ears()), part, join=join).pictures(part)
+
+
 def test_a_large_part_is_thinned_evenly(monkeypatch):
     part = Clips([0] * 250 + [1] * 30)
     embeddings, labels, _ = panels(MultiSegment(kdlib.freeze(Ears()), part), part, monkeypatch)
