@@ -266,10 +266,10 @@ def _name_classes(axes: Axes, names: Sequence[str], side: float, *, rows: bool) 
         axes.set_ylabel("true class")
 
 
-def _turn(training: str) -> tuple[int, str]:
+def _turn(training: str) -> tuple[float, str]:
     """Return where a training stands among those of its system; one of several teachers comes after the teacher."""
     place = TRAININGS.index(training) if training in TRAININGS else TRAININGS.index("teacher") + 0.5
-    return int(2 * place), training
+    return place, training
 
 
 def _epochs(path: Path) -> dict[str, np.ndarray]:
