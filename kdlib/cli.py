@@ -74,6 +74,7 @@ def run_command(
     folder = run(read(recipe, changes), out, progress=not quiet, say=say)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     console.print(_table(result))
+    _list_pictures(folder)
     seconds = result["seconds"]
     _print(f"{seconds['wall']:.0f} s, {seconds['cpu'] / 60:.1f} CPU minutes. Everything is in {folder}")
 
@@ -122,6 +123,19 @@ def predict_command(
             _print(f"{file}: {next(iter(scores))}  ({best}{', ...' if len(scores) > 3 else ''})")
     if bad:
         raise KdlibError("\n".join(bad))
+
+
+@app.command("figures")
+def figures_command(run: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
+    """Draw the confusion matrices and training curves of a finished run anew, into its folder."""
+    from kdlib import figures
+    from kdlib.run import read_result
+
+    result, missing = read_result(run, ("name", "rows", "classes")), figures.missing()
+    if missing is not None:
+        raise KdlibError(missing)
+    figures.draw(run, result)
+    _list_pictures(run)
 
 
 @data_app.command("check")
@@ -206,6 +220,14 @@ def recipes_command(
     for known, path in shipped().items():
         table.add_row(known, escape(text_of(path).partition("\n")[0].removeprefix("# ")))
     console.print(table)
+
+
+def _list_pictures(folder: Path) -> None:
+    paths = sorted(folder.rglob("*.png"), key=lambda path: (len(path.parts), path.parent, path.stem))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    if names:
+        _print(f"Pictures: {', '.join(names[:8])}{more}")
 
 
 def _show_cost(cost: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +37,13 @@ class Scores:
         row = {name: place for place, name in enumerate(self.ids)}
         column = {name: place for place, name in enumerate(self.classes)}
         return self.values[np.ix_([row[name] for name in ids], [column[name] for name in classes])]
+
+    def predicted(self, ids: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+        """Return the number among ``classes`` of each clip's highest score, (N,): the lowest among equal scores."""
+        known = [number for number, name in enumerate(classes) if name in self.classes]
+        values = self.aligned(tuple(ids), tuple(classes[number] for number in known))
+        highest: np.ndarray = np.array(known)[values.argmax(axis=1)]
+        return highest
 
 
 def log_softmax(values: np.ndarray) -> np.ndarray:

@@ -46,3 +46,18 @@ def wilson_interval(correct: int, total: int, level: float = 0.95) -> tuple[floa
     scale = 1 + z**2 / total
     low, high = (middle - half) / scale, (middle + half) / scale
     return max(min(low, share), 0.0), min(max(high, share), 1.0)  # rounding stays inside
+
+
+def most_confused(confusion: np.ndarray, pairs: int = 1) -> list[tuple[int, int]]:
+    """Return the pairs of classes with the most errors, both directions together, most first.
+
+    Among equals the order of the classes decides. A pair without an error is none.
+
+    Example:
+        >>> most_confused(np.array([[5, 1, 0], [2, 5, 4], [0, 0, 5]]), pairs=3)
+        [(1, 2), (0, 1)]
+    """
+    first, second = np.triu_indices(len(confusion), k=1)
+    errors = confusion[first, second] + confusion[second, first]
+    order = np.argsort(-errors, kind="stable")[:pairs]
+    return [(int(first[pair]), int(second[pair])) for pair in order if errors[pair]]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import datetime
+import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdlib import figures
 from kdlib.building import facts_of
 from kdlib.errors import KdlibError, RecipeError
 from kdlib.files import write_json
@@ -70,6 +72,9 @@ def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], 
     except OSError as error:
         raise KdlibError(f"{folder}: cannot be made: {error.strerror}.") from None
     write_json(folder / "recipe.json", recipe.dump())
+    no_pictures = figures.missing()
+    if no_pictures is not None:
+        say(f"{no_pictures} This run goes on without.")
 
     collected: dict[tuple[str, str], list[tuple[str, DataPart, Scores]]] = {}
     for fold, parts in folds.items():
@@ -93,7 +98,27 @@ def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], 
         result["skipped"] = dict(pair for pairs in skipping for pair in pairs)
     _write_predictions(folder / "predictions.csv", pooled, classes)
     write_json(folder / "result.json", result)
+    if no_pictures is None:
+        figures.draw(folder, result)
     return folder
+
+
+def read_result(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
+    """Return what ``result.json`` of a finished run holds.
+
+    Raises:
+        KdlibError: there is none, or it is not that of a run, for it lacks a wanted key.
+    """
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise KdlibError(f"{folder}: no finished run; it has no result.json.") from None
+    except ValueError as error:
+        raise KdlibError(f"{folder}: result.json cannot be read: {error}.") from None
+    lacking = set(wanted) - set(result if isinstance(result, dict) else ())
+    if lacking:
+        raise KdlibError(f"{folder}: result.json is not that of a run: it lacks {', '.join(sorted(lacking))}.")
+    return dict(result)
 
 
 @contextmanager
@@ -152,17 +177,15 @@ def _systems(
 
 
 def _pooled(of: list[tuple[str, DataPart, Scores]], classes: tuple[str, ...]) -> Pooled:
-    """Return the predictions of all folds, the lowest label first among equal scores."""
+    """Return the predictions of all folds."""
     ids: list[str] = []
     folds: list[str] = []
     labels, predicted = [], []
     for fold, test, scores in of:
-        values = scores.aligned(tuple(test.ids), tuple(name for name in classes if name in scores.classes))
-        numbers = np.array([number for number, name in enumerate(classes) if name in scores.classes])
         ids += test.ids
         folds += [fold] * len(test)
         labels.append(test.labels)
-        predicted.append(numbers[values.argmax(axis=1)])
+        predicted.append(scores.predicted(test.ids, classes))
     return Pooled(ids, folds, np.concatenate(labels), np.concatenate(predicted))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from kdlib.files import read_arrays, read_tensors
 from kdlib.fusion import Scores, fuse, log_softmax
 from kdlib.interfaces import Features, Scorer
 from kdlib.recipe import Recipe, read
-from kdlib.run import place_of
+from kdlib.run import place_of, read_result
 from kdlib.system import stem
 
 ROWS = 32
@@ -101,15 +100,7 @@ def load_run(path: str | Path, fold: str | int | None = None) -> Run:
         kdlib.errors.KdlibError: no/such/run: no finished run; it has no result.json.
     """
     folder = Path(path)
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise KdlibError(f"{folder}: no finished run; it has no result.json.") from None
-    except ValueError as error:
-        raise KdlibError(f"{folder}: result.json cannot be read: {error}.") from None
-    lacking = {"folds", "facts", "classes", "spreads"} - set(result if isinstance(result, dict) else ())
-    if lacking:
-        raise KdlibError(f"{folder}: result.json is not that of a run: it lacks {', '.join(sorted(lacking))}.")
+    result = read_result(folder, ("folds", "facts", "classes", "spreads"))
     chosen = _chosen(folder, result["folds"], fold)
     recipe = read(folder / "recipe.json")
     students: dict[str, nn.Module] = {}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from kdlib import figures
 from kdlib.batch import call
 from kdlib.blocks import CacheBlock, Train
 from kdlib.building import (
@@ -33,6 +34,7 @@ from kdlib.files import write_arrays, write_tensors
 from kdlib.fit import OPTIMIZERS, fit
 from kdlib.fusion import Scores, log_softmax
 from kdlib.interfaces import DataPart, DataParts, Scorer
+from kdlib.metrics import confusion_matrix, most_confused
 from kdlib.points import HardLabels
 from kdlib.recipe import Network, Part, Recipe, System
 from kdlib.registry import build
@@ -83,15 +85,29 @@ def train_system(
         write_tensors(folder / "features.safetensors", features.state_dict())
 
     teacher = _teacher(job, train, valid)
-    roles = {"without": teacher}
+    roles, source = {"without": teacher}, None
     if system.source is not None:
         start = _start(job, teacher, train, valid)
-        roles |= _students(job, teacher, start, train, valid)
+        students, source = _students(job, teacher, start, train, valid)
+        roles |= students
     scores = {}
     for role, network in roles.items():
         _save(folder / f"{stem(role)}.safetensors", network, parts.classes)
         scores[role] = _scored(job, role, network, train, test)
+    if hasattr(source, "pictures") and figures.missing() is None:
+        _draw(job, source, test, scores["without"])
     return scores
+
+
+def _draw(job: Job, source: Any, test: DataPart, scores: Scores) -> None:
+    """Save what a source draws of the test clips of the two classes that are confused most, if any are."""
+    classes = job.parts.classes
+    with figures.attempt(job.folder / f"pictures of {type(source).__name__}"):
+        confusion = confusion_matrix(test.labels, scores.predicted(test.ids, classes), len(classes))
+        for pair in most_confused(confusion):
+            clips = Rows(test, np.flatnonzero(np.isin(test.labels, pair)))
+            for name, figure in source.pictures(clips).items():
+                figures.save(figure, job.folder / f"{name}.png")
 
 
 def _refuse_missing(system: System) -> None:
@@ -162,7 +178,8 @@ def _start(job: Job, teacher: nn.Module, train: DataPart, valid: DataPart | None
 
 def _students(
     job: Job, trained: nn.Module, start: nn.Module, train: DataPart, valid: DataPart | None
-) -> dict[str, nn.Module]:
+) -> tuple[dict[str, nn.Module], Any]:
+    """Train the control and the student, and return them with the student's source."""
     system, roles = job.system, {}
     teacher = freeze(copy.deepcopy(trained))
     if system.control:
@@ -176,7 +193,7 @@ def _students(
         source = _cross_fitted(job, system.cross_fit, student, train, valid)
     distiller = Distiller(student, source, **make_points(system, teacher, student, train))
     _fit(job, "student", distiller, system.student.train, train, valid)
-    return {**roles, "with": student}
+    return {**roles, "with": student}, source
 
 
 def _cross_fitted(job: Job, parts: int, student: nn.Module, train: DataPart, valid: DataPart | None) -> CrossFit:

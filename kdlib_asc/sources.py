@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
-from kdlib import CLEAN, Batch, DataPart, Frozen, KdlibError, TapError, Taps
+from kdlib import CLEAN, Batch, DataError, DataPart, Frozen, KdlibError, TapError, Taps
+from kdlib_asc.figures import segments_figure
 from kdlib_asc.partners import partners
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ENCODED_AT_ONCE = 32
 """Clips a batch when frames are kept: memory, not speed, is what it bounds."""
+MOST_SEGMENTS = 6
+"""Segments that a picture goes up to."""
+SHOWN = 100
+"""Clips of a class that a picture shows."""
 
 
 class MultiSegment:
@@ -97,6 +107,13 @@ class MultiSegment:
 
     def dataset(self, part: DataPart) -> DataPart:
         """Return the part with what this source needs beside each item, loaded where the items are loaded."""
+        draw = self._table(part)
+        clean = self.view == "clean" or not getattr(part, "augmented", True)
+        frames = self._encode(part) if self.join == "frames" and clean else None
+        return _Joined(part, draw, clean=clean, frames=frames)
+
+    def _table(self, part: DataPart) -> Callable[..., np.ndarray]:
+        """Return the partners in a part as a function of the epoch."""
         draw = functools.partial(
             partners,
             part.labels,
@@ -108,9 +125,57 @@ class MultiSegment:
             classes=getattr(part, "classes", None),
         )
         draw(epoch=CLEAN)  # a class that is too small is noticed here, not in a loader worker
-        clean = self.view == "clean" or not getattr(part, "augmented", True)
-        frames = self._encode(part) if self.join == "frames" and clean else None
-        return _Joined(part, draw, clean=clean, frames=frames)
+        return draw
+
+    def pictures(self, part: DataPart) -> dict[str, Figure]:
+        """Draw how the teacher embeds clips joined with 1, 2, ... segments of their class (Heo et al. 2019, figure 1).
+
+        For looking only: it is told the classes of the clips. It goes up to 6 segments, as far as each class of the
+        part has partners, and shows at most 100 clips of a class. Where no clip has a partner there is no picture.
+
+        Args:
+            part: clips of two classes, such as the most confused of a test part.
+
+        Raises:
+            TapError: the teacher gives no embedding.
+        """
+        labels = np.asarray(part.labels)
+        members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        shown = np.concatenate([of[:: -(-len(of) // SHOWN)] for of in members])
+        embeddings = []
+        for segments in range(1, MOST_SEGMENTS + 1):
+            source = self._with(segments)
+            try:
+                source._table(part)
+            except DataError:  # a class has no more clips
+                break
+            embeddings.append(source._embeddings(part, shown))
+        if len(embeddings) < 2:
+            return {}
+        classes = getattr(part, "classes", None)
+        names = [str(label) if classes is None else classes[label] for label in np.unique(labels).tolist()]
+        return {"segments": segments_figure(embeddings, labels[shown], names)}
+
+    def _with(self, segments: int) -> MultiSegment:
+        """Return this source with another number of segments, no clip used again."""
+        other = copy.copy(self)
+        other.segments, other.repeat = segments, False
+        return other
+
+    def _embeddings(self, part: DataPart, clips: np.ndarray) -> np.ndarray:
+        """Return the teacher's embeddings of some clips with their partners, without augmentation, (N, D)."""
+        from rich.progress import track
+
+        joined = self.dataset(part)
+        pieces = []
+        at_once = max(ENCODED_AT_ONCE // self.segments, 1)
+        title = f"the teacher on {self.segments} segments"
+        for chosen in track([clips[at : at + at_once] for at in range(0, len(clips), at_once)], title, transient=True):
+            taps = self(default_collate([joined[CLEAN, index] for index in chosen.tolist()]))
+            if "embedding" not in taps:
+                raise TapError(f"the teacher gives no embedding to draw, only {', '.join(taps)}.")
+            pieces.append(taps["embedding"].float().cpu().numpy())
+        return np.concatenate(pieces)
 
     def _encode(self, part: DataPart) -> Tensor:
         """Return the frames of every clip without augmentation, (N, frames, D)."""

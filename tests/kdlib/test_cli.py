@@ -199,6 +199,14 @@ def test_a_finished_run_is_run_again_from_its_recipe(kdlib, here):
     assert (here / "one" / "predictions.csv").read_bytes() == (here / "two" / "predictions.csv").read_bytes()
 
 
+def test_the_pictures_of_a_finished_run_are_listed_and_drawn_anew(kdlib, here):
+    assert "Pictures: confusion.png, main/curves.png\n" in kdlib("run", "digits", *FEW, "--quiet", "--out", "one")[1]
+    (here / "one" / "confusion.png").unlink()
+    code, out, _ = kdlib("figures", "one")
+    assert (code, out) == (0, "Pictures: confusion.png, main/curves.png\n")
+    assert (here / "one" / "confusion.png").is_file()
+
+
 # errors
 
 
@@ -207,6 +215,7 @@ def test_a_finished_run_is_run_again_from_its_recipe(kdlib, here):
     [
         (["run", "digit"], "Did you mean 'digits'?"),
         (["run", "missing.toml"], "missing.toml: there is no such file."),
+        (["figures", "missing"], "missing: no finished run; it has no result.json."),
         (["run", "digits", "--set", "train.epoch=3"], "Did you mean 'epochs'?"),
         (["run", "digits", "--set", "train"], "key.key=value"),
         (["run", "asc_esc10"], "--set data.root=PATH"),
