@@ -103,6 +103,8 @@ class MultiSegment:
         self.repeat = repeat
         self.seed = seed
         self.time_axis: int = axis
+        if join == "exact":
+            self._junction()  # a teacher without one is refused before anything is computed
 
     def __call__(self, batch: Batch) -> Taps:
         """Return the teacher's taps for each clip of the batch joined with its partners."""
@@ -115,7 +117,7 @@ class MultiSegment:
             frames = self.teacher.encode(torch.cat(segments))
             return self.teacher.head(torch.cat(frames.chunk(len(segments)), dim=1))
         if self.join == "exact":
-            segments = [self._junction.cut(segment, self.time_axis) for segment in segments]
+            segments = [self._junction().cut(segment, self.time_axis) for segment in segments]
         return self.teacher(torch.cat(segments, dim=self.time_axis))
 
     def dataset(self, part: DataPart) -> DataPart:
@@ -152,10 +154,9 @@ class MultiSegment:
         if "embedding" in wanted:
             result["embedding"] = float((found["embedding"] - wanted["embedding"]).abs().max())
         if self.join == "exact":
-            result["cut off"] = part.part[CLEAN, 0]["x"].shape[self.time_axis] % self._junction.stride
+            result["cut off"] = part.part[CLEAN, 0]["x"].shape[self.time_axis] % self._junction().stride
         return result
 
-    @property
     def _junction(self) -> Junction:
         junction = getattr(self.teacher.model, "junction", None)
         if not isinstance(junction, Junction):
@@ -170,7 +171,7 @@ class MultiSegment:
         if windows is None:
             return frames.flatten(1, 2)
         around = self.teacher.encode(windows.flatten(0, 1))
-        return self._junction.mended(frames, around.view(*windows.shape[:2], *around.shape[1:]))
+        return self._junction().mended(frames, around.view(*windows.shape[:2], *around.shape[1:]))
 
     def _table(self, part: DataPart) -> Callable[..., np.ndarray]:
         """Return the partners in a part as a function of the epoch."""
@@ -230,7 +231,7 @@ class MultiSegment:
         return taps["embedding"].numpy()
 
     def _taps(self, joined: DataPart, clips: np.ndarray) -> dict[str, Tensor]:
-        """Return the teacher's taps for some clips of what ``dataset`` returned, without augmentation."""
+        """Return logits and embeddings for some clips of what ``dataset`` returned, without augmentation."""
         from rich.progress import track
 
         pieces = []
@@ -238,7 +239,8 @@ class MultiSegment:
         title = f"the teacher on {self.segments} segments"
         for chosen in track([clips[at : at + at_once] for at in range(0, len(clips), at_once)], title, transient=True):
             pieces.append(self(default_collate([joined[CLEAN, index] for index in chosen.tolist()])))
-        return {name: torch.cat([taps[name] for taps in pieces]).float().cpu() for name in pieces[0]}
+        names = [name for name in ("logits", "embedding") if name in pieces[0]]
+        return {name: torch.cat([taps[name] for taps in pieces]).float().cpu() for name in names}
 
     def _encode(self, part: DataPart) -> _Kept | None:
         """Return what is kept of every clip without augmentation; None where clips are too short for a window."""
@@ -250,10 +252,11 @@ class MultiSegment:
             x = torch.stack([part[CLEAN, index]["x"] for index in range(start, stop)])
             edges: list[Tensor] = []
             if self.join == "exact":
-                x = self._junction.cut(x, self.time_axis)
-                if not self._junction.fits(x, self.time_axis):
+                junction = self._junction()
+                x = junction.cut(x, self.time_axis)
+                if not junction.fits(x, self.time_axis):
                     return None
-                edges = [self._junction.tail(x, self.time_axis), self._junction.head(x, self.time_axis)]
+                edges = [junction.tail(x, self.time_axis), junction.head(x, self.time_axis)]
             rows = [self.teacher.encode(x), *edges]
             whole = whole or [one.new_empty(len(part), *one.shape[1:]) for one in rows]
             for all_rows, one in zip(whole, rows, strict=True):
