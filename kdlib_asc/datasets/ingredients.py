@@ -59,7 +59,8 @@ class Take:
         """Return a curve that wanders between -1 and 1, with so many turns a second."""
         turns = np.arange(self.samples) * (per_second / self.rate) + self.moment.random()
         knots = self.moment.uniform(-1, 1, 2 + int(turns[-1]))
-        return np.interp(turns, np.arange(len(knots)), knots)
+        curve: np.ndarray = np.interp(turns, np.arange(len(knots)), knots)
+        return curve
 
     def tone(self, frequency: np.ndarray | float) -> np.ndarray:
         """Return the phase of a tone in turns, from its frequency in Hz."""
