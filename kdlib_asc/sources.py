@@ -146,11 +146,10 @@ class MultiSegment:
         found, wanted = self._taps(part, clips), other._taps(whole, clips)
         result = {}
         if "logits" in wanted:
-            z, z_input = found["logits"], wanted["logits"]
-            result["KL"] = float(
-                kl_div(z.log_softmax(-1), z_input.log_softmax(-1), reduction="batchmean", log_target=True)
-            )
-            result["same class"] = float((z.argmax(-1) == z_input.argmax(-1)).float().mean())
+            z, z_input = found["logits"].double(), wanted["logits"].double()
+            log_q, log_p = z.log_softmax(-1), z_input.log_softmax(-1)
+            result["KL"] = float(kl_div(log_q, log_p, reduction="batchmean", log_target=True))
+            result["same class"] = float((z.argmax(-1) == z_input.argmax(-1)).double().mean())
         if "embedding" in wanted:
             result["embedding"] = float((found["embedding"] - wanted["embedding"]).abs().max())
         if self.join == "exact":
