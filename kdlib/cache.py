@@ -18,6 +18,7 @@ from torch import Tensor
 from kdlib.data import CLEAN
 from kdlib.errors import DataError
 from kdlib.interfaces import DataPart
+from kdlib.progress import track
 from kdlib.store import Store, make_store
 from kdlib.versions import versions
 
@@ -65,9 +66,7 @@ def fit_features(features: Any, part: DataPart, cache: Cache | None, title: str 
     Raises:
         DataError: the part cannot be cached (see :func:`filled`).
     """
-    from rich.progress import track
-
-    indices = track(range(len(part)), f"{title}: statistics", transient=True)
+    indices = track(range(len(part)), f"{title}: statistics")
     clips = (part[CLEAN, index]["x"] for index in indices)
     if cache is None:
         features.fit(clips)
@@ -113,7 +112,7 @@ def filled(
     store = make_store(cache.place(made_of), made_of, rows=len(part), row=lambda: row(0))
     forms = {name: tuple(form.shape) for name, form in store.manifest.arrays.items()}
     wrote = False
-    with Progress(transient=True) as bar:
+    with Progress(transient=True, disable=not get_console().is_terminal) as bar:
         task = bar.add_task(title, total=len(part))
         for shard in range(store.shards):
             if not store.intact(shard):
@@ -191,15 +190,13 @@ def source_of(made: Any) -> str:
 
 def _fingerprint(part: DataPart, title: str) -> str:
     """Return the sha256 of the ids and contents of a part, in their order."""
-    from rich.progress import track
-
     look: Any = getattr(part, "fingerprint", None)
     if look is None:
         raise DataError(
             f"{title}: the data set's {type(part).__name__} has no method fingerprint(index), by which a cache would "
             "know its items again. Take [cache] out of the recipe, or give it the method (see kdlib.DataPart)."
         )
-    lines = track(enumerate(part.ids), f"{title}: fingerprints", total=len(part), transient=True)
+    lines = track(enumerate(part.ids), f"{title}: fingerprints", total=len(part))
     return _digest(json.dumps([id, look(index)]).encode() for index, id in lines)
 
 

@@ -106,14 +106,13 @@ def predict_command(
     as_json: Annotated[bool, typer.Option("--json", help="All scores, one line a file, for programs.")] = False,
 ) -> None:
     """Classify files with the students of a finished run: class and highest scores of each."""
-    from rich.progress import track
-
     from kdlib.predict import predict
+    from kdlib.progress import track
 
     _register(plugins)
     bad = []
     found = predict(run, files, fold=fold, system=system, changes=changes)
-    for file, scores in track(found, "files", total=len(files), transient=True, console=errors):
+    for file, scores in track(found, "files", len(files)):
         if isinstance(scores, KdlibError):
             bad.append(str(scores))
         elif as_json:

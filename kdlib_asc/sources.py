@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from torch.utils.data import default_collate
 
-from kdlib import CLEAN, Batch, DataError, DataPart, Frozen, KdlibError, TapError, Taps
+from kdlib import CLEAN, Batch, DataError, DataPart, Frozen, KdlibError, TapError, Taps, track
 from kdlib_asc.figures import segments_figure
 from kdlib_asc.junctions import Junction
 from kdlib_asc.partners import partners
@@ -231,22 +231,18 @@ class MultiSegment:
 
     def _taps(self, joined: DataPart, clips: np.ndarray) -> dict[str, Tensor]:
         """Return logits and embeddings for some clips of what ``dataset`` returned, without augmentation."""
-        from rich.progress import track
-
         pieces = []
         at_once = max(ENCODED_AT_ONCE // self.segments, 1)
         title = f"the teacher on {self.segments} segments"
-        for chosen in track([clips[at : at + at_once] for at in range(0, len(clips), at_once)], title, transient=True):
+        for chosen in track([clips[at : at + at_once] for at in range(0, len(clips), at_once)], title):
             pieces.append(self(default_collate([joined[CLEAN, index] for index in chosen.tolist()])))
         names = [name for name in ("logits", "embedding") if name in pieces[0]]
         return {name: torch.cat([taps[name] for taps in pieces]).float().cpu() for name in names}
 
     def _encode(self, part: DataPart) -> _Kept | None:
         """Return what is kept of every clip without augmentation; None where clips are too short for a window."""
-        from rich.progress import track
-
         whole: list[Tensor] = []
-        for start in track(range(0, len(part), ENCODED_AT_ONCE), "frames of the teacher", transient=True):
+        for start in track(range(0, len(part), ENCODED_AT_ONCE), "frames of the teacher"):
             stop = min(start + ENCODED_AT_ONCE, len(part))
             x = torch.stack([part[CLEAN, index]["x"] for index in range(start, stop)])
             edges: list[Tensor] = []
