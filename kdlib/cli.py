@@ -188,9 +188,7 @@ def store_build_command(
     from kdlib.storing import store_run
 
     _register(plugins)
-    stores = store_run(
-        run, out, system=system, views=views, dtype=dtype, batch=batch, threads=threads, changes=changes
-    )
+    stores = store_run(run, out, system=system, views=views, dtype=dtype, batch=batch, threads=threads, changes=changes)
     if os.environ.get("RANK", "0") == "0":
         for store in stores:
             _show_store(store)

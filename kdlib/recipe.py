@@ -397,7 +397,9 @@ def _refuse_stored(source: Part | None, weights: Path | None, at: str) -> None:
         )
     for inner in source.nested.get("sources", {}).values():
         if inner.plugin.build is Stored:
-            raise RecipeError(f"{inner.at}: stored soft labels stand alone in a recipe; mix sources when they are built.")
+            raise RecipeError(
+                f"{inner.at}: stored soft labels stand alone in a recipe; mix sources when they are built."
+            )
         _refuse_stored(inner, weights, at)
 
 

@@ -87,16 +87,19 @@ def build_store(
     """
     if views < 0 or batch < 1:
         raise KdlibError(f"views is at least 0 and batch at least 1, not {views} and {batch}.")
-    place = device_of(device)
-    data = data_of(part, title)
-    wrapped: DataPart = source.dataset(part) if hasattr(source, "dataset") else part
-    changes = wrapped is not part or data["made_by"]["augmentation"] is not None
+    if not len(part):
+        raise DataError(f"{title}: the data part is empty.")
+    place, folder = device_of(device), Path(folder)
     with threads_set(threads):
+        data, asked = data_of(part, title), source_made_of(source)
+        wrapped: DataPart = source.dataset(part) if hasattr(source, "dataset") else part
+        changes = wrapped is not part or data["made_by"]["augmentation"] is not None
+        drawn = views if changes else 0
         made_of = {
             "what": SOFT_LABELS,
-            "source": source_made_of(source),
+            "source": asked,
             "data": data,
-            "views": views if changes else 0,
+            "views": drawn,
             "changes": changes,
             "dtype": dtype,
             "block": batch,
@@ -105,18 +108,16 @@ def build_store(
             "threads": torch.get_num_threads(),
             "versions": versions("kdlib-asc", "torch", "numpy"),
         }
-        teacher = _Labels(source, wrapped, made_of["views"], dtype, place, seed, title)
-        folder = Path(folder)
-        first = range(min(batch, len(part)))
+        teacher = _Labels(source, wrapped, drawn, dtype, place, seed, title)
+        row: dict[str, np.ndarray] = {}
         shard_rows = None
         if not (folder / MANIFEST).exists():
-            row = {name: array[0] for name, array in teacher.of([first]).items()}
-            size = batch * (1 + made_of["views"])
-            block = size * max(1, sum(array.nbytes for array in row.values()))
-            shard_rows = size * max(1, min(BLOCKS, SHARD // block))
-        store = make_store(
-            folder, made_of, rows=len(part) * (1 + made_of["views"]), row=lambda: row, shard_rows=shard_rows
-        )
+            row = {name: array[0] for name, array in teacher.of([range(min(batch, len(part)))]).items()}
+            block = batch * (1 + drawn)
+            size = block * max(1, sum(array.nbytes for array in row.values()))
+            shard_rows = block * max(1, min(BLOCKS, SHARD // size))
+        rows = len(part) * (1 + drawn)
+        store = make_store(folder, made_of, rows=rows, row=lambda: row, shard_rows=shard_rows)
         _fill(store, teacher, batch, title)
     return store
 

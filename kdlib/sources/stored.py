@@ -119,7 +119,8 @@ class Stored:
         numbers = set(batch[KEY].tolist())
         if len(numbers) > 1:
             raise BatchError("the batch has rows of several parts, and soft labels are looked up in one store.")
-        return self.stores[numbers.pop()]
+        number: int = numbers.pop()
+        return self.stores[number]
 
 
 def open_stores(folder: Path) -> list[Store]:
@@ -144,7 +145,8 @@ def views_of(store: Store) -> int:
 
 
 def _rows(store: Store, index: Tensor, epoch: Tensor) -> Tensor:
-    samples, drawn = store.manifest.made_of["data"]["rows"], store.manifest.made_of["views"]
+    drawn = views_of(store) - 1
+    samples = len(store) // (1 + drawn)
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < samples:
         raise BatchError(
             f"index goes from {int(index.min())} to {int(index.max())}; {store.folder} has {samples} rows."

@@ -239,7 +239,7 @@ def test_a_store_for_validation_is_not_trained_on(tmp_path):
 def test_two_stores_of_one_part_are_named(tmp_path):
     for name in "ab":
         built(tmp_path / name, part_of())
-    with pytest.raises(kdlib.DataError, match="a and .*b both hold"):
+    with pytest.raises(kdlib.DataError, match=r"a and .*b both hold"):
         Stored(folder=tmp_path).dataset(part_of())
 
 
@@ -261,5 +261,5 @@ def test_a_flipped_bit_is_refused_and_the_shard_named(tmp_path):
     data = bytearray(path.read_bytes())
     data[-5] ^= 4
     path.write_bytes(data)
-    with pytest.raises(kdlib.DataError, match="00000.safetensors: damaged"):
+    with pytest.raises(kdlib.DataError, match=r"00000\.safetensors: damaged"):
         source({"index": torch.tensor([0]), "epoch": torch.tensor([0])})
