@@ -9,8 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.building import facts_of, load_weights, make_features, make_model, make_points, make_source, named
-from kdlib.cache import fit_features
+from kdlib.building import (
+    facts_of,
+    load_weights,
+    make_cache,
+    make_features,
+    make_model,
+    make_points,
+    make_source,
+    named,
+)
+from kdlib.cache import Cache, fit_features
 from kdlib.data import Loader
 from kdlib.distiller import Distiller
 from kdlib.featured import Featured
@@ -34,19 +43,28 @@ def check(recipe: Recipe) -> Iterator[tuple[str, Report]]:
     facts = facts_of(parts)
     for name, system in recipe.systems.items():
         with named(recipe.data, system.features, system.source):
-            # Stored soft labels are of the whole part, and of no other.
-            distiller, batch = built(name, system, parts.train if system.stored else Few(parts.train), parts, facts)
+            if system.stored:  # soft labels of the whole part, and of no other
+                cache = make_cache(recipe.cache, system.features, facts)
+                distiller, batch = built(name, system, parts.train, parts, facts, cache)
+            else:
+                distiller, batch = built(name, system, Few(parts.train), parts, facts)
         yield name, distiller.prepare(batch).check(batch)
 
 
 def built(
-    name: str, system: System, some: DataPart, parts: DataParts, facts: Mapping[str, Any]
+    name: str,
+    system: System,
+    some: DataPart,
+    parts: DataParts,
+    facts: Mapping[str, Any],
+    cache: Cache | None = None,
 ) -> tuple[Distiller, Batch]:
     """Return a system's distiller and a batch of some of its training data; stored soft labels of few are any."""
     features: Any = None if system.features is None else make_features(system.features, facts)
     if hasattr(features, "fit"):
-        fit_features(features, some, None)
-    train: Any = Featured(some, features, classes=parts.classes, augment=True, seed=system.teacher.train.seed)
+        fit_features(features, some, cache)
+    seed = system.teacher.train.seed
+    train: Any = Featured(some, features, classes=parts.classes, augment=True, seed=seed, cache=cache)
     student = make_model(system.student.model, facts, system.student.train.seed, name, "student")
     if system.source is None:
         points = make_points(system, None, student, train) or {"hard": HardLabels()}

@@ -55,6 +55,7 @@ class Featured:
         changes = features is not None and getattr(features, "augments", hasattr(features, "augment"))
         self.augmented = augment and bool(changes)
         self._kept: list[dict[str, Any]] = []
+        self._kept_as = "float32" if cache is None else cache.dtype
         self._store: Store | None = None
         if features is not None and cache is not None:
             self._store = filled(features, part, cache, self._computed, title)
@@ -84,7 +85,7 @@ class Featured:
             made: Mapping[str, Any] = own.made_by
             return made
         state = self.features.state_dict() if hasattr(self.features, "state_dict") else {}
-        features = {**settings_of(self.features), "state": state_of(state)}
+        features = {**settings_of(self.features), "state": state_of(state), "kept": self._kept_as}
         return {"features": features, "augmentation": {"seed": self.seed} if self.augmented else None}
 
     @property

@@ -167,7 +167,9 @@ def test_float16_takes_half_the_room_and_its_error_is_kept_and_told(tmp_path, ca
     assert rounding(half) == {"logits": pytest.approx(float(error))}
     assert 0 < error <= np.abs(truth).max() * 2**-11
     assert rounding(exact) == {}
-    taps = Stored(folder=tmp_path / "half")({"index": torch.arange(ROWS), "epoch": torch.zeros(ROWS, dtype=torch.int64)})
+    taps = Stored(folder=tmp_path / "half")(
+        {"index": torch.arange(ROWS), "epoch": torch.zeros(ROWS, dtype=torch.int64)}
+    )
     assert taps.keys() == {"logits"}
     assert taps["logits"].dtype == torch.float32
     assert np.abs(taps["logits"].numpy() - truth).max() == error
