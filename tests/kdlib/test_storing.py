@@ -31,7 +31,7 @@ def part_of(rows=ROWS, scale=1.0, kind=kdlib.TensorPart):
 
 
 def teacher(seed=0):
-    net = nn.Linear(6, 3)
+    net = nn.Linear(6, 3, bias=False)
     with torch.no_grad():
         net.weight.copy_(torch.randn(3, 6, generator=kdlib.keyed(seed, "net")))
     return kdlib.freeze(kdlib.Tapped(net, logits=""))
@@ -123,8 +123,8 @@ def test_a_damaged_shard_is_made_anew(tmp_path):
 
 
 def test_the_callers_random_state_and_threads_are_left_alone(tmp_path):
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    build_store(Doubled(teacher()), part_of(), tmp_path, threads=2)
+    source, state, threads = Doubled(teacher()), torch.get_rng_state(), torch.get_num_threads()
+    build_store(source, part_of(), tmp_path, threads=2)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 
@@ -351,7 +351,7 @@ def test_verify_names_what_is_damaged_with_code_2(finished, tmp_path, capsys):
     ("more", "words"),
     [
         (["--system", "mian"], "Did you mean 'main'"),
-        (["--set", "teacher.cross_fit=3"], "cross_fit"),
+        (["--set", "systems.main.teacher.cross_fit=3"], "3 cross-fitted teachers"),
         (["--views", "-1"], "views"),
     ],
 )
