@@ -21,6 +21,7 @@ from kdlib.interfaces import (
 from kdlib.keyed import keyed
 from kdlib.log import Event
 from kdlib.points import HardLabels, SoftLabels, hard_cross_entropy, of, soft_cross_entropy
+from kdlib.progress import track
 from kdlib.reading import unreadable
 from kdlib.registry import register
 from kdlib.report import Report
@@ -74,5 +75,6 @@ __all__ = [
     "register",
     "same_shape",
     "soft_cross_entropy",
+    "track",
     "unreadable",
 ]

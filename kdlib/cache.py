@@ -18,6 +18,7 @@ from kdlib.data import CLEAN
 from kdlib.errors import DataError
 from kdlib.fingerprints import items_of, name_of, source_of, state_of
 from kdlib.interfaces import DataPart
+from kdlib.progress import track
 from kdlib.store import Store, make_store
 from kdlib.versions import versions
 
@@ -65,9 +66,7 @@ def fit_features(features: Any, part: DataPart, cache: Cache | None, title: str 
     Raises:
         DataError: the part cannot be cached (see :func:`filled`).
     """
-    from rich.progress import track
-
-    indices = track(range(len(part)), f"{title}: statistics", transient=True)
+    indices = track(range(len(part)), f"{title}: statistics")
     clips = (part[CLEAN, index]["x"] for index in indices)
     if cache is None:
         features.fit(clips)
@@ -113,7 +112,7 @@ def filled(
     store = make_store(cache.place(made_of), made_of, rows=len(part), row=lambda: row(0))
     forms = {name: tuple(form.shape) for name, form in store.manifest.arrays.items()}
     wrote = False
-    with Progress(transient=True) as bar:
+    with Progress(transient=True, disable=not get_console().is_terminal) as bar:
         task = bar.add_task(title, total=len(part))
         for shard in range(store.shards):
             if not store.intact(shard):

@@ -108,14 +108,13 @@ def predict_command(
     as_json: Annotated[bool, typer.Option("--json", help="All scores, one line a file, for programs.")] = False,
 ) -> None:
     """Classify files with the students of a finished run: class and highest scores of each."""
-    from rich.progress import track
-
     from kdlib.predict import predict
+    from kdlib.progress import track
 
     _register(plugins)
     bad = []
     found = predict(run, files, fold=fold, system=system, changes=changes)
-    for file, scores in track(found, "files", total=len(files), transient=True, console=errors):
+    for file, scores in track(found, "files", len(files)):
         if isinstance(scores, KdlibError):
             bad.append(str(scores))
         elif as_json:
@@ -213,13 +212,12 @@ def store_info_command(
 @store_app.command("verify")
 def store_verify_command(folder: Annotated[Path, typer.Argument(help="The folder of a store, or of several.")]) -> None:
     """Read every shard of stored soft labels and compare it with its checksum."""
-    from rich.progress import track
-
+    from kdlib.progress import track
     from kdlib.sources.stored import open_stores
 
     bad = []
     shards = [(store, shard) for store in open_stores(folder) for shard in range(store.shards)]
-    for store, shard in track(shards, "shards", transient=True, console=errors):
+    for store, shard in track(shards, "shards"):
         try:
             store.check(shard)
         except KdlibError as error:

@@ -13,6 +13,7 @@ from kdlib.data import CLEAN
 from kdlib.fingerprints import settings_of, state_of
 from kdlib.interfaces import DataPart, Features
 from kdlib.keyed import keyed
+from kdlib.progress import track
 from kdlib.store import Store
 
 MEMORY = 4 << 30
@@ -60,9 +61,7 @@ class Featured:
         if features is not None and cache is not None:
             self._store = filled(features, part, cache, self._computed, title)
         elif features is not None and len(part) * self._clean(0)["x"].nbytes <= MEMORY:
-            from rich.progress import track
-
-            self._kept = [self._computed(index) for index in track(range(len(part)), title, transient=True)]
+            self._kept = [self._computed(index) for index in track(range(len(part)), title)]
 
     def __len__(self) -> int:
         return len(self.part)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdlib.errors import DataError
 from kdlib.interfaces import DataPart
+from kdlib.progress import track
 from kdlib.settings import LIVE
 
 
@@ -56,15 +57,13 @@ def items_of(part: DataPart, title: str, instead: str) -> str:
     Raises:
         DataError: it has none.
     """
-    from rich.progress import track
-
     look: Any = getattr(part, "fingerprint", None)
     if look is None:
         raise DataError(
             f"{title}: the data set's {type(part).__name__} has no method fingerprint(index), by which its items would "
             f"be known again. {instead} give it the method (see kdlib.DataPart)."
         )
-    lines = track(enumerate(part.ids), f"{title}: fingerprints", total=len(part), transient=True)
+    lines = track(enumerate(part.ids), f"{title}: fingerprints", total=len(part))
     return digest(json.dumps([id, look(index)]).encode() for index, id in lines)
 
 

@@ -24,6 +24,7 @@ from kdlib.files import write_json
 from kdlib.interfaces import Batch, SoftLabelSource
 from kdlib.keyed import default_generators_keyed
 from kdlib.log import Callback, Event, csv_log, jsonl_log, progress_bar
+from kdlib.progress import track
 from kdlib.worth import Hits, described, hits
 
 JUDGED = 200
@@ -322,15 +323,13 @@ def _teacher_accuracy(
     source: SoftLabelSource, parts: Mapping[str, Any], batch: int, place: _Place, seed: int, progress: bool
 ) -> dict[str, Hits]:
     """Return how often the teacher is right on some rows of each part, without augmentation."""
-    from rich.progress import track
-
     found = {}
     count = -(-JUDGED // batch)
     for name, part in parts.items():
         batches = itertools.islice(Loader(part, batch=batch, seed=seed, keyed=True).epoch(CLEAN), count)
         total: Counter[str] = Counter()
         rows: Counter[str] = Counter()
-        for one in track(batches, f"teacher on {name}", total=count, transient=True, disable=not progress):
+        for one in track(batches, f"teacher on {name}", count) if progress else batches:
             moved = place.batch(one)
             with place.autocast():
                 of_batch = hits(source, source(moved), moved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +32,8 @@ Callback = Callable[[Event], None]
 
 @contextmanager
 def progress_bar(steps: int, title: str = "training") -> Iterator[Callback]:
-    """Show steps, loss terms, learning rate and remaining time on the terminal."""
-    # Imported here, as everywhere: rich draws from Python's random state when it is imported.
+    """Show steps, loss terms, learning rate and remaining time on the terminal, and leave one line at the end."""
+    from rich import get_console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -42,14 +43,23 @@ def progress_bar(steps: int, title: str = "training") -> Iterator[Callback]:
         TextColumn("{task.fields[terms]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, transient=True) as bar:
+    console, started = get_console(), time.perf_counter()
+    with Progress(*columns, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=steps, terms="")
+        means: Mapping[str, float] = {}
 
         def show(event: Event) -> None:
-            if event.kind == "step" and not bar.finished:
+            nonlocal means
+            if event.kind == "step" and console.is_terminal and not bar.finished:
                 terms = " ".join(f"{name} {float(value):.4g}" for name, value in event.losses.terms.items())
                 text = f"epoch {event.epoch + 1}  {terms}  lr {event.record['lr']:.2g}"
                 bar.update(task, completed=event.step, terms=text)
+            elif event.kind == "epoch":
+                means = {name: value for name, value in event.record.items() if name in event.losses.terms}
+            elif event.kind == "end":
+                terms = " ".join(f"{name} {value:.4g}" for name, value in means.items())
+                taken = f"{event.epoch + 1} epochs, {event.step} steps, {time.perf_counter() - started:.1f} s"
+                console.print(f"{title}: {taken}, {terms} in the last", markup=False, highlight=False, soft_wrap=True)
 
         yield show
 

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from kdlib.errors import DataError
+from kdlib.progress import track
 
 THREADS = 4
 BLOCK = 1024
@@ -33,8 +34,6 @@ def unreadable(
         >>> list(unreadable(["1", "x", "2"], int, title="reading", caught=ValueError))
         ['x']
     """
-    from rich import get_console
-    from rich.progress import track
 
     def error_of(name: str) -> Exception | None:
         try:
@@ -46,10 +45,9 @@ def unreadable(
 
     pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
     try:
-        hidden = not get_console().is_terminal  # where a bar that goes away would leave an empty line
         blocks = (ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK))
         every = chain.from_iterable(pool.map(error_of, block) for block in blocks)
-        outcomes = track(every, title, total=len(ids), transient=True, disable=hidden)
+        outcomes = track(every, title, len(ids))
         return {name: error for name, error in zip(ids, outcomes, strict=True) if error is not None}
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C or a fault, what has not begun does not

@@ -223,7 +223,7 @@ def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
     views = views_of(store)
     mine = range(rank, store.shards, world)
     wrote = False
-    with Progress(transient=True, disable=rank > 0) as bar:
+    with Progress(transient=True, disable=rank > 0 or not get_console().is_terminal) as bar:
         task = bar.add_task(title, total=len(mine))
         for shard in mine:
             if not store.intact(shard):

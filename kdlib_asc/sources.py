@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from kdlib import CLEAN, Batch, DataError, DataPart, Frozen, KdlibError, TapError, Taps
+from kdlib import CLEAN, Batch, DataError, DataPart, Frozen, KdlibError, TapError, Taps, track
 from kdlib_asc.figures import segments_figure
 from kdlib_asc.partners import partners
 
@@ -164,13 +164,11 @@ class MultiSegment:
 
     def _embeddings(self, part: DataPart, clips: np.ndarray) -> np.ndarray:
         """Return the teacher's embeddings of some clips with their partners, without augmentation, (N, D)."""
-        from rich.progress import track
-
         joined = self.dataset(part)
         pieces = []
         at_once = max(ENCODED_AT_ONCE // self.segments, 1)
         title = f"the teacher on {self.segments} segments"
-        for chosen in track([clips[at : at + at_once] for at in range(0, len(clips), at_once)], title, transient=True):
+        for chosen in track([clips[at : at + at_once] for at in range(0, len(clips), at_once)], title):
             taps = self(default_collate([joined[CLEAN, index] for index in chosen.tolist()]))
             if "embedding" not in taps:
                 raise TapError(f"the teacher gives no embedding to draw, only {', '.join(taps)}.")
@@ -179,10 +177,8 @@ class MultiSegment:
 
     def _encode(self, part: DataPart) -> Tensor:
         """Return the frames of every clip without augmentation, (N, frames, D)."""
-        from rich.progress import track
-
         kept = []
-        for start in track(range(0, len(part), ENCODED_AT_ONCE), "frames of the teacher", transient=True):
+        for start in track(range(0, len(part), ENCODED_AT_ONCE), "frames of the teacher"):
             stop = min(start + ENCODED_AT_ONCE, len(part))
             kept.append(self.teacher.encode(torch.stack([part[CLEAN, index]["x"] for index in range(start, stop)])))
         return torch.cat(kept)

@@ -41,7 +41,7 @@ def hard_cross_entropy(
     if labels.is_floating_point():
         targets = rows_of(labels, dim, mask).to(rows.dtype)
     else:  # what is masked may hold any number
-        targets = (labels if mask is None else labels.where(mask.bool(), IGNORED)).long()
+        targets = labels.long() if mask is None else labels.long().where(mask.bool(), IGNORED)
     if (
         targets.shape not in (rows.shape, rows.shape[:-1])
         or (targets.dim() == rows.dim()) != labels.is_floating_point()

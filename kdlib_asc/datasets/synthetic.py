@@ -13,7 +13,7 @@ from numpy.random import Generator
 from pydantic import Field
 from torch import Tensor
 
-from kdlib import DataError, KdlibError, keyed
+from kdlib import DataError, KdlibError, keyed, track
 from kdlib_asc.datasets.clips import Clip, Clips, ClipStore, SceneParts, Share, of_clips, scene_parts, split_groups
 from kdlib_asc.datasets.dcase import COLUMNS
 from kdlib_asc.datasets.ingredients import INGREDIENTS, SCENES, Take
@@ -53,8 +53,6 @@ class SyntheticScenes(SceneParts):
             DataError: the folder is not empty.
             KdlibError: it cannot be written, or soundfile is not installed.
         """
-        from rich.progress import track
-
         if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
             raise DataError(f"{folder}: is there already and is no empty folder; name another one.")
         train = sorted(_clips(self.train) + (_clips(self.valid) if self.valid else []), key=_order)
@@ -62,7 +60,7 @@ class SyntheticScenes(SceneParts):
         try:
             for name in ("audio", "evaluation_setup"):
                 (folder / name).mkdir(parents=True)
-            for clip in track([*train, *test], "writing clips", transient=True):
+            for clip in track([*train, *test], "writing clips"):
                 _write_clip(folder / clip.id, self.train.store.read(Path(clip.id)), self.rate)
             lists = folder / "evaluation_setup"
             _write_table(lists / "fold1_train.txt", ((clip.id, clip.label) for clip in train))

@@ -1,10 +1,14 @@
 """The epoch table, the step log and the bar, as functions of events."""
 
 import csv
+import io
 import json
+import re
 
 import pytest
+import rich
 import torch
+from rich.console import Console
 
 import kdlib
 from kdlib.log import csv_log, jsonl_log, progress_bar
@@ -91,3 +95,17 @@ def test_what_was_written_is_there_after_an_error(tmp_path, log):
     with pytest.raises(ValueError, match="on purpose"):
         write_and_fail(log, tmp_path)
     assert len(table(tmp_path) if log is csv_log else lines(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_training_leaves_one_line_with_its_title(monkeypatch, terminal):
+    seen = Console(file=io.StringIO(), width=200, force_terminal=terminal)
+    monkeypatch.setattr(rich, "_console", seen)
+    data = torch.utils.data.TensorDataset(torch.randn(20, 4), torch.arange(20) % 2)
+    net = kdlib.Tapped(torch.nn.Linear(4, 2), logits="")
+    history = kdlib.fit(kdlib.Distiller(net, hard=kdlib.HardLabels()), data, epochs=3, batch=10, progress="mine [x]")
+    text = seen.file.getvalue()
+    line = rf"mine \[x\]: 3 epochs, 6 steps, \d+\.\d s, hard {history.epochs[-1]['hard']:.4g} in the last\n"
+    assert re.search(line, text)
+    if not terminal:
+        assert re.fullmatch(line, text)

@@ -48,6 +48,7 @@ PROMISED = [
     "of",
     "register",
     "soft_cross_entropy",
+    "track",
     "unreadable",
 ]
 

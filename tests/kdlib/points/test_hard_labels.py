@@ -105,7 +105,9 @@ def test_the_label_minus_100_does_not_count_as_in_torch(mask):
 @pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8])
 def test_class_numbers_of_any_integer_type_will_do(kind):
     logits, y = noise(4, 3), torch.tensor([2, 1, 0, 1])
-    assert torch.equal(kdlib.hard_cross_entropy(logits, y.to(kind)), kdlib.hard_cross_entropy(logits, y))
+    for mask in (None, torch.tensor([True, False, True, True])):
+        expected = kdlib.hard_cross_entropy(logits, y, mask=mask)
+        assert torch.equal(kdlib.hard_cross_entropy(logits, y.to(kind), mask=mask), expected)
 
 
 def test_a_mask_of_another_shape_names_both():

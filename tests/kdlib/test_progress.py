@@ -1,0 +1,37 @@
+"""The bar shows on a terminal, and leaves nothing where there is none."""
+
+import io
+
+import pytest
+import rich
+from rich.console import Console
+
+import kdlib
+
+
+@pytest.fixture
+def console(monkeypatch):
+    def made(**settings):
+        seen = Console(file=io.StringIO(), width=80, **settings)
+        monkeypatch.setattr(rich, "_console", seen)
+        return seen
+
+    return made
+
+
+def test_the_items_come_through_and_no_line_is_left_where_there_is_no_terminal(console):
+    seen = console(force_terminal=False)
+    assert list(kdlib.track(iter("abc"), "letters", 3)) == ["a", "b", "c"]
+    assert seen.file.getvalue() == ""
+
+
+def test_on_a_terminal_there_is_a_bar_with_its_title(console):
+    seen = console(force_terminal=True)
+    assert list(kdlib.track(range(3), "numbers")) == [0, 1, 2]
+    assert "numbers" in seen.file.getvalue()
+
+
+def test_a_quiet_console_shows_nothing(console):
+    seen = console(force_terminal=True, quiet=True)
+    assert list(kdlib.track(range(3), "numbers")) == [0, 1, 2]
+    assert seen.file.getvalue() == ""
