@@ -309,7 +309,7 @@ def _show_store(store: Any) -> None:
         error = f", at most {worst[name]:.2g} from what was computed" if name in worst else ""
         _print(f"  tap {name}: {form.dtype} {form.shape}{error}")
     rows = data["rows"] * views_of(store)
-    _print(f"  {len(finished)} of {store.shards} shards written, {rows} rows in all, {_bytes(size)}")
+    _print(f"  {len(finished)} of {store.shards} shards written, {rows} rows in all, {size:,} bytes")
 
 
 def _teachers(source: dict[str, Any]) -> list[dict[str, Any]]:

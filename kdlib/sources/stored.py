@@ -102,7 +102,7 @@ class Stored:
             both = " and ".join(str(self.stores[number].folder) for number in fitting)
             raise DataError(f"{both} both hold soft labels of this part. Name the folder of one of them.")
         nearest = min(range(len(found)), key=lambda number: len(found[number]))
-        others = f" (nor do the other {len(found) - 1} stores there)" if len(found) > 1 else ""
+        others = ", and no other store there fits better" if len(found) > 1 else ""
         raise DataError(
             f"{self.stores[nearest].folder}: holds soft labels of other data than this part of {len(part)} rows"
             f"{others}. Build a store of this part, or use the data that it was built on.\n{listed(found[nearest])}"
