@@ -51,6 +51,8 @@ class History:
     teacher: dict[str, Hits] = field(default_factory=dict)
     """How often the teacher is right before the first step, (right, rows): of ``training`` and ``validation``,
     ``through the source`` and ``on the student's input alone``. Empty without a source."""
+    difference: dict[str, float] = field(default_factory=dict)
+    """What the source's ``difference`` says of the training part. Empty where it has none."""
 
     @property
     def steps(self) -> int:
@@ -112,7 +114,8 @@ def fit(
         accumulate: batches an optimizer step. Batch norm still sees single batches.
         workers: loader processes.
         threads: torch's threads for the time of the training.
-        folder: where ``metrics.csv`` (epochs), ``metrics.jsonl`` (steps) and ``teacher.json`` (its accuracy) go.
+        folder: where ``metrics.csv`` (epochs), ``metrics.jsonl`` (steps) and ``teacher.json`` (its accuracy, and
+            the source's ``difference``) go.
         callbacks: functions of an :class:`kdlib.Event`.
         progress: show a bar on the terminal; a string is its title.
 
@@ -178,7 +181,10 @@ def fit(
                 parts["validation"] = valid_loader.dataset
             with default_generators_keyed(place.device, seed, "step", "teacher"):
                 history.teacher = _teacher_accuracy(source, parts, batch, place, seed, bool(progress))
-            _report_teacher(history.teacher, folder, bool(progress))
+                if hasattr(source, "difference"):
+                    with place.autocast():
+                        history.difference = dict(source.difference(loader.dataset))
+            _report_teacher(history, folder, bool(progress))
         chosen = _Choice(keep=valid is not None and select != "last", patience=patience)
         step = 0
         for epoch in range(epochs):
@@ -340,14 +346,19 @@ def _teacher_accuracy(
     return found
 
 
-def _report_teacher(found: Mapping[str, Hits], folder: Path | str | None, progress: bool) -> None:
-    """Show how often the teacher is right, and keep it beside the logs."""
+def _report_teacher(history: History, folder: Path | str | None, progress: bool) -> None:
+    """Show how often the teacher is right and how far its source's shortcut leads, and keep it beside the logs."""
     from rich import get_console
 
+    difference = history.difference
     if folder is not None:
-        write_json(Path(folder) / "teacher.json", found)
-    for name, right in found.items() if progress else ():
-        get_console().print(f"teacher on {name}: {described(right)}", highlight=False, soft_wrap=True)
+        kept = {**history.teacher, "difference": difference} if difference else history.teacher
+        write_json(Path(folder) / "teacher.json", kept)
+    lines = [f"teacher on {name}: {described(right)}" for name, right in history.teacher.items()]
+    if difference:
+        lines.append("teacher's shortcut: " + ", ".join(f"{name} {value:.3g}" for name, value in difference.items()))
+    for line in lines if progress else ():
+        get_console().print(line, highlight=False, soft_wrap=True)
 
 
 def _listeners(

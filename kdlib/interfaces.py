@@ -34,11 +34,12 @@ class Student(Protocol):
 class SoftLabelSource(Protocol):
     """Decides what the teacher sees for a batch and returns the teacher's taps, without gradient.
 
-    Three methods are optional. ``dataset(part) -> dataset`` wraps a data part to add to each item what the source needs
+    Four methods are optional. ``dataset(part) -> dataset`` wraps a data part to add to each item what the source needs
     in its batch. ``advance(student)`` is called after each optimizer step, and is the only place where a source may
     change state. ``pictures(part) -> {name: figure}`` draws, for looking only, what the teacher makes of a part: a run
     calls it after the training with the test clips of the two classes that the teacher confuses most, and saves each
-    matplotlib figure as ``name.png``.
+    matplotlib figure as ``name.png``. ``difference(part) -> {name: number}`` is for a source that takes a shortcut: how
+    far its taps are from those without, on some items of what ``dataset`` returned; ``fit`` reports it once.
     """
 
     def __call__(self, batch: Batch) -> Taps:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 from torch.utils.data import default_collate
 
 from kdlib import CLEAN, Batch, DataError, DataPart, Frozen, KdlibError, TapError, Taps, track
 from kdlib_asc.figures import segments_figure
+from kdlib_asc.junctions import Junction
 from kdlib_asc.partners import partners
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 ENCODED_AT_ONCE = 32
 """Clips a batch when frames are kept: memory, not speed, is what it bounds."""
+COMPARED = 32
+"""Clips on which a teacher is compared with that of joined inputs."""
 MOST_SEGMENTS = 6
 """Segments that a picture goes up to."""
 SHOWN = 100
@@ -35,12 +40,19 @@ class MultiSegment:
     :func:`kdlib_asc.partners.partners`, in training from the training part only.
 
     Args:
-        teacher: a frozen network on features; for ``join="frames"`` one with ``encode`` and ``head``.
+        teacher: a frozen network on features; with ``encode`` and ``head`` for ``join="frames"``, and with a
+            ``junction`` besides (:class:`kdlib_asc.junctions.Junction`) for ``join="exact"``.
         data: the training part; its ``time_axis`` says where inputs join.
         segments: segments that the teacher hears, the clip itself included, at least 1 (1: the same input).
-        join: ``input`` joins features before the network (the paper). ``frames`` joins what ``encode`` makes of each
-            segment before ``head``: the teacher is then defined by frames per segment, and where they do not change
-            from epoch to epoch they are computed once (ours).
+        join: ``input`` joins features and runs the network over all of them (the paper). ``frames`` joins what
+            ``encode`` makes of each segment before ``head``: the teacher is then defined by frames per segment, and
+            differs from the paper's around each junction. ``exact`` cuts each segment to whole frames of the network
+            (raw: up to 26243 samples are cut off, 0.55 s at 48 kHz; spectrogram: up to 11 frames) and gives what the
+            network makes of these segments joined, up to rounding. With ``frames`` and ``exact`` what does not change
+            from epoch to epoch, with the view ``clean`` or without augmentation, is computed once and kept in memory:
+            the frames, and for ``exact`` the edges of each clip, from which the frames around each junction are
+            computed anew (0.84 MB a clip of stereo audio, 0.24 MB of a stereo spectrogram with 256 coefficients).
+            Otherwise ``exact`` costs as much as ``input``. Both are ours; :meth:`difference` says what they change.
         view: ``same`` gives the teacher the augmented clip that the student gets, and partners as augmented as they
             are in that epoch. ``clean`` gives it all segments without augmentation.
         elsewhere: draw partners from other recording places only.
@@ -49,7 +61,7 @@ class MultiSegment:
         time_axis: of the inputs, counted from the end. Default: the data's.
 
     Raises:
-        TapError: the teacher is not frozen.
+        TapError: the teacher is not frozen, or lacks what ``join`` needs.
         KdlibError: no time axis is known.
         DataError: a class has too few clips to join.
 
@@ -71,7 +83,7 @@ class MultiSegment:
         data: Any,
         *,
         segments: Annotated[int, Field(ge=1)] = 2,
-        join: Literal["input", "frames"] = "input",
+        join: Literal["input", "frames", "exact"] = "input",
         view: Literal["same", "clean"] = "same",
         elsewhere: bool = False,
         repeat: bool = False,
@@ -91,26 +103,74 @@ class MultiSegment:
         self.repeat = repeat
         self.seed = seed
         self.time_axis: int = axis
+        if join == "exact":
+            self._junction()  # a teacher without one is refused before anything is computed
 
     def __call__(self, batch: Batch) -> Taps:
         """Return the teacher's taps for each clip of the batch joined with its partners."""
         if "frames" in batch:
-            return self.teacher.head(batch["frames"].flatten(1, 2))
-        base: Tensor = batch["base"] if "base" in batch else batch["x"]
-        if self.segments == 1:
-            return self.teacher(base)
-        others = batch["partners"].unbind(1)
-        if self.join == "input":
-            return self.teacher(torch.cat([base, *others], dim=self.time_axis))
-        frames = self.teacher.encode(torch.cat([base, *others]))
-        return self.teacher.head(torch.cat(frames.chunk(1 + len(others)), dim=1))
+            return self.teacher.head(self._joined(batch["frames"], batch.get("windows")))
+        segments: list[Tensor] = [batch["base"] if "base" in batch else batch["x"]]
+        if self.segments > 1:
+            segments += batch["partners"].unbind(1)
+        if self.join == "frames" and len(segments) > 1:
+            frames = self.teacher.encode(torch.cat(segments))
+            return self.teacher.head(torch.cat(frames.chunk(len(segments)), dim=1))
+        if self.join == "exact":
+            segments = [self._junction().cut(segment, self.time_axis) for segment in segments]
+        return self.teacher(torch.cat(segments, dim=self.time_axis))
 
     def dataset(self, part: DataPart) -> DataPart:
         """Return the part with what this source needs beside each item, loaded where the items are loaded."""
         draw = self._table(part)
         clean = self.view == "clean" or not getattr(part, "augmented", True)
-        frames = self._encode(part) if self.join == "frames" and clean else None
-        return _Joined(part, draw, clean=clean, frames=frames)
+        kept = self._encode(part) if self.join != "input" and clean else None
+        return _Joined(part, draw, clean=clean, kept=kept)
+
+    def difference(self, part: DataPart) -> dict[str, float]:
+        """Return how far this teacher is from that of ``join="input"``, on at most 32 clips without augmentation.
+
+        ``KL`` is the mean over clips of KL(softmax(z_input) || softmax(z)) in nats, ``same class`` the share of clips
+        where both logits have one argmax, ``embedding`` the largest difference of a coordinate, and ``cut off`` the
+        samples or frames that each segment lost. Empty for ``input`` itself.
+
+        Args:
+            part: what :meth:`dataset` returned.
+        """
+        if self.join == "input" or not isinstance(part, _Joined):
+            return {}
+        other = copy.copy(self)
+        other.join = "input"
+        whole = other.dataset(part.part)
+        clips = np.unique(np.linspace(0, len(part) - 1, COMPARED).astype(np.int64))
+        found, wanted = self._taps(part, clips), other._taps(whole, clips)
+        result = {}
+        if "logits" in wanted:
+            z, z_input = found["logits"].double(), wanted["logits"].double()
+            log_q, log_p = z.log_softmax(-1), z_input.log_softmax(-1)
+            result["KL"] = float(kl_div(log_q, log_p, reduction="batchmean", log_target=True))
+            result["same class"] = float((z.argmax(-1) == z_input.argmax(-1)).double().mean())
+        if "embedding" in wanted:
+            result["embedding"] = float((found["embedding"] - wanted["embedding"]).abs().max())
+        if self.join == "exact":
+            result["cut off"] = part.part[CLEAN, 0]["x"].shape[self.time_axis] % self._junction().stride
+        return result
+
+    def _junction(self) -> Junction:
+        junction = getattr(self.teacher.model, "junction", None)
+        if not isinstance(junction, Junction):
+            raise TapError(
+                f"The teacher {type(self.teacher.model).__name__} has no attribute 'junction'. join=\"exact\" wants a "
+                "model that says how far a junction reaches (kdlib_asc.junctions.Junction); join inputs instead."
+            )
+        return junction
+
+    def _joined(self, frames: Tensor, windows: Tensor | None) -> Tensor:
+        """Return the frames of each segment (B, S, F, D) as those of the joined segments, (B, S * F, D)."""
+        if windows is None:
+            return frames.flatten(1, 2)
+        around = self.teacher.encode(windows.flatten(0, 1))
+        return self._junction().mended(frames, around.view(*windows.shape[:2], *around.shape[1:]))
 
     def _table(self, part: DataPart) -> Callable[..., np.ndarray]:
         """Return the partners in a part as a function of the epoch."""
@@ -164,30 +224,62 @@ class MultiSegment:
 
     def _embeddings(self, part: DataPart, clips: np.ndarray) -> np.ndarray:
         """Return the teacher's embeddings of some clips with their partners, without augmentation, (N, D)."""
-        joined = self.dataset(part)
+        taps = self._taps(self.dataset(part), clips)
+        if "embedding" not in taps:
+            raise TapError(f"the teacher gives no embedding to draw, only {', '.join(taps)}.")
+        return taps["embedding"].numpy()
+
+    def _taps(self, joined: DataPart, clips: np.ndarray) -> dict[str, Tensor]:
+        """Return logits and embeddings for some clips of what ``dataset`` returned, without augmentation."""
         pieces = []
         at_once = max(ENCODED_AT_ONCE // self.segments, 1)
         title = f"the teacher on {self.segments} segments"
         for chosen in track([clips[at : at + at_once] for at in range(0, len(clips), at_once)], title):
-            taps = self(default_collate([joined[CLEAN, index] for index in chosen.tolist()]))
-            if "embedding" not in taps:
-                raise TapError(f"the teacher gives no embedding to draw, only {', '.join(taps)}.")
-            pieces.append(taps["embedding"].float().cpu().numpy())
-        return np.concatenate(pieces)
+            pieces.append(self(default_collate([joined[CLEAN, index] for index in chosen.tolist()])))
+        names = [name for name in ("logits", "embedding") if name in pieces[0]]
+        return {name: torch.cat([taps[name] for taps in pieces]).float().cpu() for name in names}
 
-    def _encode(self, part: DataPart) -> Tensor:
-        """Return the frames of every clip without augmentation, (N, frames, D)."""
-        kept = []
+    def _encode(self, part: DataPart) -> _Kept | None:
+        """Return what is kept of every clip without augmentation; None where clips are too short for a window."""
+        whole: list[Tensor] = []
         for start in track(range(0, len(part), ENCODED_AT_ONCE), "frames of the teacher"):
             stop = min(start + ENCODED_AT_ONCE, len(part))
-            kept.append(self.teacher.encode(torch.stack([part[CLEAN, index]["x"] for index in range(start, stop)])))
-        return torch.cat(kept)
+            x = torch.stack([part[CLEAN, index]["x"] for index in range(start, stop)])
+            edges: list[Tensor] = []
+            if self.join == "exact":
+                junction = self._junction()
+                x = junction.cut(x, self.time_axis)
+                if not junction.fits(x, self.time_axis):
+                    return None
+                edges = [junction.tail(x, self.time_axis), junction.head(x, self.time_axis)]
+            rows = [self.teacher.encode(x), *edges]
+            whole = whole or [one.new_empty(len(part), *one.shape[1:]) for one in rows]
+            for all_rows, one in zip(whole, rows, strict=True):
+                all_rows[start:stop] = one
+        return _Kept(self.time_axis, *whole)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is computed once: the frames of every clip, (N, frames, D), and the edges that windows are made of."""
+
+    time_axis: int
+    frames: Tensor
+    tails: Tensor | None = None
+    heads: Tensor | None = None
+
+    def of(self, clips: list[int]) -> dict[str, Tensor]:
+        """Return the frames of some clips, (S, frames, D), and the windows around their junctions, (S - 1, ...)."""
+        frames = {"frames": self.frames[clips]}
+        if self.tails is None or self.heads is None or len(clips) < 2:
+            return frames
+        return {**frames, "windows": torch.cat([self.tails[clips[:-1]], self.heads[clips[1:]]], dim=self.time_axis)}
 
 
 class _Joined:
     """A data part whose items bring their partners along. It holds no teacher: loader workers get a copy of it."""
 
-    def __init__(self, part: DataPart, draw: Callable[..., np.ndarray], *, clean: bool, frames: Tensor | None) -> None:
+    def __init__(self, part: DataPart, draw: Callable[..., np.ndarray], *, clean: bool, kept: _Kept | None) -> None:
         self.part = part
         self.labels = part.labels
         self.groups = part.groups
@@ -197,7 +289,7 @@ class _Joined:
         self.augmented = getattr(part, "augmented", True)
         self._draw = draw
         self._clean = clean
-        self._frames = frames
+        self._kept = kept
         self._drawn: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -209,8 +301,8 @@ class _Joined:
             self._drawn = (epoch, self._draw(epoch=epoch))
         others = self._drawn[1][index].tolist()
         item = dict(self.part[key])
-        if self._frames is not None:
-            return {**item, "frames": self._frames[[index, *others]]}
+        if self._kept is not None:
+            return {**item, **self._kept.of([index, *others])}
         seen = CLEAN if self._clean else epoch
         if self._clean:
             item["base"] = self.part[CLEAN, index]["x"]

@@ -9,6 +9,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdlib_asc.backbones._common import EMBEDDING, SLOPE, check_input, end, scaled
+from kdlib_asc.junctions import Junction
+
+STRIDE = 12
+"""Frames of the spectrogram to one of the network: 2 * 2 * 3."""
+# Steps before | after a junction that depend on its other side. A convolution of kernel size 3 adds one to each; with a
+# stride s, step i sees s i - 1 to s i + 1, and d become floor((d + 1) / s) | ceil((d + 1) / s):
+# conv1 3 | 3, res1 5 | 5, res2 (3 | 3) then 4 | 4, res3 (2 | 3) then 3 | 4, res4 (1 | 2) then 2 | 3.
+# Backwards, step j of res4 sees 3 j - 4 to 3 j + 4 of res3, 6 j +- 11 of res2, 12 j +- 25 of res1 and 12 j +- 30 of the
+# input, and steps -2 to 2 see -54 to 54: 54 frames before the junction, 60 in whole steps, and 55 after it.
+JUNCTION = Junction(stride=STRIDE, left=2, right=3, before=60, after=55)
 
 
 class SpectrogramBlock(nn.Module):
@@ -92,6 +102,8 @@ class SpectrogramCNNGRU(nn.Module):
         >>> network.encode(torch.zeros(1, 2, 25, 64)).shape
         torch.Size([1, 3, 480])
     """
+
+    junction = JUNCTION
 
     def __init__(
         self,

@@ -9,11 +9,18 @@ from torch import Tensor, nn
 
 from kdlib import BatchError
 from kdlib_asc.backbones._common import EMBEDDING, SLOPE, check_input, end, scaled
+from kdlib_asc.junctions import Junction
 
 STEM = 12
 POOL = 3
 STRIDE = STEM * POOL**7
 """Samples a frame, 26244; also the shortest input."""
+# The stem's windows do not overlap. Where d steps before a junction depend on its other side, a block's two
+# convolutions make it d + 2 and its pool ceil((d + 2) / 3): 1 from d = 0 and from d = 1, so 1 frame after seven blocks,
+# and 1 after the junction likewise. Backwards, a block's steps a to b see 3 a - 2 to 3 b + 4 of the block before: a
+# frame sees 2186 of the stem's steps before its own 2187 and 2186 after them. So the window has 2 frames before the
+# junction, and 2 less one step of the stem after it.
+JUNCTION = Junction(stride=STRIDE, left=1, right=1, before=2 * STRIDE, after=2 * STRIDE - STEM)
 
 
 class WaveBlock(nn.Module):
@@ -91,6 +98,8 @@ class WaveCNN(nn.Module):
         >>> {name: tuple(tap.shape) for name, tap in taps.items()}
         {'logits': (1, 10), 'embedding': (1, 64)}
     """
+
+    junction = JUNCTION
 
     def __init__(
         self,
