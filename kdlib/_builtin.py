@@ -29,6 +29,7 @@ def kdlib_sources() -> Builders:
         "label_smoothing": sources.LabelSmoothing,
         "same_input": sources.SameInput,
         "self_distillation": sources.SelfDistillation,
+        "stored": sources.Stored,
     }
 
 

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from kdlib.blocks import CacheBlock
-from kdlib.cache import Cache, source_of
+from kdlib.cache import Cache
 from kdlib.errors import KdlibError, RecipeError
 from kdlib.files import read_tensors
+from kdlib.fingerprints import source_of
 from kdlib.interfaces import DataParts
 from kdlib.keyed import default_generators_keyed
 from kdlib.points import of
@@ -49,7 +50,7 @@ def make_cache(block: CacheBlock | None, part: Part | None, facts: Mapping[str, 
     return Cache(block.folder, block.dtype, made_by)
 
 
-def make_source(system: System, teacher: Any, student: nn.Module, data: Any) -> Any:
+def make_source(system: System, teacher: Any, student: nn.Module | None, data: Any) -> Any:
     """Build a system's source, with the sources inside it."""
 
     def made(part: Part) -> Any:

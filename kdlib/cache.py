@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from kdlib.data import CLEAN
 from kdlib.errors import DataError
+from kdlib.fingerprints import items_of, name_of, source_of, state_of
 from kdlib.interfaces import DataPart
 from kdlib.progress import track
 from kdlib.store import Store, make_store
@@ -168,45 +168,11 @@ def _row(item: Mapping[str, Any], dtype: str, at: str) -> dict[str, np.ndarray]:
 
 def _made_of(what: str, features: Any, part: DataPart, cache: Cache, title: str) -> dict[str, Any]:
     state = features.state_dict() if hasattr(features, "state_dict") else {}
-    kind = type(features)
     return {
         "what": what,
-        "features": {"class": f"{kind.__module__}.{kind.__qualname__}", **cache.made_by},
-        "source": source_of(kind),
-        "state": _digest(piece for name in sorted(state) for piece in _bytes(name, state[name])),
-        "data": _fingerprint(part, title),
+        "features": {"class": name_of(features), **cache.made_by},
+        "source": source_of(type(features)),
+        "state": state_of(state),
+        "data": items_of(part, title, "Take [cache] out of the recipe, or"),
         "versions": versions("kdlib-asc", "torch", "numpy", "scipy", "soundfile"),
     }
-
-
-def source_of(made: Any) -> str:
-    """Return the sha256 of the file that a class or function is written in; '' without one, as in a notebook."""
-    try:
-        path = inspect.getsourcefile(made)
-        return "" if path is None else _digest([Path(path).read_bytes()])
-    except (OSError, TypeError):
-        return ""
-
-
-def _fingerprint(part: DataPart, title: str) -> str:
-    """Return the sha256 of the ids and contents of a part, in their order."""
-    look: Any = getattr(part, "fingerprint", None)
-    if look is None:
-        raise DataError(
-            f"{title}: the data set's {type(part).__name__} has no method fingerprint(index), by which a cache would "
-            "know its items again. Take [cache] out of the recipe, or give it the method (see kdlib.DataPart)."
-        )
-    lines = track(enumerate(part.ids), f"{title}: fingerprints", total=len(part))
-    return _digest(json.dumps([id, look(index)]).encode() for index, id in lines)
-
-
-def _bytes(name: str, tensor: Tensor) -> tuple[bytes, bytes]:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode(), flat.view(torch.uint8).numpy().tobytes()
-
-
-def _digest(pieces: Any) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from kdlib.building import facts_of, load_weights, make_features, make_model, make_points, make_source, named
-from kdlib.data import CLEAN, Loader
+from kdlib.building import (
+    facts_of,
+    load_weights,
+    make_cache,
+    make_features,
+    make_model,
+    make_points,
+    make_source,
+    named,
+)
+from kdlib.cache import Cache, fit_features
+from kdlib.data import Loader
 from kdlib.distiller import Distiller
 from kdlib.featured import Featured
 from kdlib.interfaces import Batch, DataPart, DataParts
@@ -17,6 +28,9 @@ from kdlib.points import HardLabels
 from kdlib.recipe import Recipe, System
 from kdlib.report import Report
 from kdlib.run import make_data
+from kdlib.sources import Stored
+from kdlib.sources.parts import Alike
+from kdlib.sources.stored import KEY
 from kdlib.taps import freeze
 
 LOOKED_AT = 64
@@ -27,19 +41,30 @@ def check(recipe: Recipe) -> Iterator[tuple[str, Report]]:
     """Yield a title and a report for each system, with networks as they are before training, or a teacher's weights."""
     parts = next(iter(make_data(recipe).values()))
     facts = facts_of(parts)
-    few = Few(parts.train)
     for name, system in recipe.systems.items():
         with named(recipe.data, system.features, system.source):
-            distiller, batch = built(name, system, few, parts, facts)
+            if system.stored:  # soft labels of the whole part, and of no other
+                cache = make_cache(recipe.cache, system.features, facts)
+                distiller, batch = built(name, system, parts.train, parts, facts, cache)
+            else:
+                distiller, batch = built(name, system, Few(parts.train), parts, facts)
         yield name, distiller.prepare(batch).check(batch)
 
 
-def built(name: str, system: System, few: Few, parts: DataParts, facts: Mapping[str, Any]) -> tuple[Distiller, Batch]:
-    """Return a system's distiller and a batch of its data."""
+def built(
+    name: str,
+    system: System,
+    some: DataPart,
+    parts: DataParts,
+    facts: Mapping[str, Any],
+    cache: Cache | None = None,
+) -> tuple[Distiller, Batch]:
+    """Return a system's distiller and a batch of some of its training data; stored soft labels of few are any."""
     features: Any = None if system.features is None else make_features(system.features, facts)
     if hasattr(features, "fit"):
-        features.fit(few[CLEAN, index]["x"] for index in range(len(few)))
-    train: Any = Featured(few, features, classes=parts.classes, augment=True)
+        fit_features(features, some, cache)
+    seed = system.teacher.train.seed
+    train: Any = Featured(some, features, classes=parts.classes, augment=True, seed=seed, cache=cache)
     student = make_model(system.student.model, facts, system.student.train.seed, name, "student")
     if system.source is None:
         points = make_points(system, None, student, train) or {"hard": HardLabels()}
@@ -51,9 +76,16 @@ def built(name: str, system: System, few: Few, parts: DataParts, facts: Mapping[
         teacher = freeze(trained)
         source = make_source(system, teacher, student, train)
         distiller = Distiller(student, source, **make_points(system, teacher, student, train))
-        train = source.dataset(train) if hasattr(source, "dataset") else train
-    size = min(system.student.train.batch, len(few))
+        if isinstance(source, Stored) and isinstance(some, Few):
+            train = Alike(train, partial(_of_first, train))
+        elif hasattr(source, "dataset"):
+            train = source.dataset(train)
+    size = min(system.student.train.batch, len(some))
     return distiller, next(Loader(train, batch=size, keyed=True).epoch(0))
+
+
+def _of_first(part: DataPart, key: tuple[int, int]) -> Mapping[str, Any]:
+    return {**part[key], KEY: 0}
 
 
 class Few:

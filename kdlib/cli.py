@@ -9,7 +9,7 @@ import traceback
 import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -34,6 +34,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look a data set over, or make one.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+store_app = typer.Typer(help="Build, show or verify a store of a teacher's soft labels.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
 console = Console()
 errors = Console(stderr=True)
 
@@ -169,6 +171,62 @@ def data_make_command(
     _print(f"Everything is in {folder}")
 
 
+@store_app.command("build")
+def store_build_command(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run, whose teacher labels.")],
+    out: Annotated[Path, typer.Argument(help="The folder of the store; one that is not finished is finished.")],
+    system: Annotated[str | None, typer.Option(help="Of which system. Default: the only one.")] = None,
+    views: Annotated[int, typer.Option(min=0, help="Epochs to draw; as many as the student trains, for all.")] = 1,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="float16 takes half the room.")] = "float32",
+    batch: Annotated[int | None, typer.Option(min=1, help="Clips at once. Default: as the teacher's training.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: as the teacher's training.")] = None,
+    changes: Changes = None,
+    plugins: Modules = None,
+) -> None:
+    """Store the soft labels of a run's teacher, as the run's source makes them. Runs under torchrun, too."""
+    from kdlib.storing import store_run
+
+    _register(plugins)
+    stores = store_run(run, out, system=system, views=views, dtype=dtype, batch=batch, threads=threads, changes=changes)
+    if os.environ.get("RANK", "0") == "0":
+        for store in stores:
+            _show_store(store)
+
+
+@store_app.command("info")
+def store_info_command(
+    folder: Annotated[Path, typer.Argument(help="The folder of a store, or of several.")],
+    as_json: Annotated[bool, typer.Option("--json", help="All that it is made of, for programs.")] = False,
+) -> None:
+    """Say what stored soft labels are made of, and how large they are."""
+    from kdlib.sources.stored import open_stores
+
+    stores = open_stores(folder)
+    if as_json:
+        typer.echo(json.dumps({str(store.folder): store.manifest.model_dump() for store in stores}, indent=2))
+        return
+    for store in stores:
+        _show_store(store)
+
+
+@store_app.command("verify")
+def store_verify_command(folder: Annotated[Path, typer.Argument(help="The folder of a store, or of several.")]) -> None:
+    """Read every shard of stored soft labels and compare it with its checksum."""
+    from kdlib.progress import track
+    from kdlib.sources.stored import open_stores
+
+    bad = []
+    shards = [(store, shard) for store in open_stores(folder) for shard in range(store.shards)]
+    for store, shard in track(shards, "shards"):
+        try:
+            store.check(shard)
+        except KdlibError as error:
+            bad.append(str(error))
+    if bad:
+        raise KdlibError("\n".join([f"{len(bad)} of {len(shards)} shards:", *bad]))
+    _print(f"{len(shards)} shards, all as they were written")
+
+
 @app.command("plugins")
 def plugins_command(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False, plugins: Modules = None
@@ -227,6 +285,36 @@ def _list_pictures(folder: Path) -> None:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     if names:
         _print(f"Pictures: {', '.join(names[:8])}{more}")
+
+
+def _show_store(store: Any) -> None:
+    from kdlib.sources.stored import ERROR, views_of
+    from kdlib.storing import rounding
+
+    made_of = store.manifest.made_of
+    views, data, source = made_of["views"], made_of["data"], made_of["source"]
+    finished = [shard for shard in range(store.shards) if store.written(shard)]
+    size = sum(store.path(shard).stat().st_size for shard in finished)
+    drawn = f"{views} epochs and one view without augmentation" if views else "one view, without augmentation"
+    settings = ", ".join(f"{name} {value}" for name, value in source["settings"].items())
+    _print(f"{store.folder}")
+    _print(f"  source: {source['class']}{f' ({settings})' if settings else ''}")
+    for teacher in _teachers(source):
+        _print(f"  teacher: {teacher['class']}, weights {teacher['state'][:16]}")
+    _print(f"  data: {data['rows']} rows, {len(data['classes'] or ())} classes, items {data['items'][:16]}")
+    _print(f"  views: {drawn}" + ("" if made_of["changes"] else "; nothing changes from epoch to epoch"))
+    taps = {name: form for name, form in store.manifest.arrays.items() if name != ERROR}
+    worst = rounding(store) if len(finished) == store.shards else {}
+    for name, form in taps.items():
+        error = f", at most {worst[name]:.2g} from what was computed" if name in worst else ""
+        _print(f"  tap {name}: {form.dtype} {form.shape}{error}")
+    rows = data["rows"] * views_of(store)
+    _print(f"  {len(finished)} of {store.shards} shards written, {rows} rows in all, {size:,} bytes")
+
+
+def _teachers(source: dict[str, Any]) -> list[dict[str, Any]]:
+    inner = [teacher for one in source.get("sources", {}).values() for teacher in _teachers(one)]
+    return [*([source["teacher"]] if "teacher" in source else []), *inner]
 
 
 def _show_cost(cost: Any) -> None:

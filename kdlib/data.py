@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,13 @@ class TensorPart:
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         return {"x": self.x[index], "y": int(self.labels[index]), "index": index, "epoch": epoch}
+
+    @property
+    def made_by(self) -> Mapping[str, Any]:
+        """Items are the same in every epoch. What a subclass makes of them is its own to say."""
+        if type(self).__getitem__ is not TensorPart.__getitem__:
+            raise AttributeError(f"{type(self).__name__} makes items of its own")
+        return {"augmentation": None}
 
     def fingerprint(self, index: int) -> str:
         """Return a hash of the values of an item."""

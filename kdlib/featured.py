@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from kdlib.cache import Cache, filled, read_item
 from kdlib.data import CLEAN
+from kdlib.fingerprints import settings_of, state_of
 from kdlib.interfaces import DataPart, Features
 from kdlib.keyed import keyed
 from kdlib.progress import track
@@ -55,6 +56,7 @@ class Featured:
         changes = features is not None and getattr(features, "augments", hasattr(features, "augment"))
         self.augmented = augment and bool(changes)
         self._kept: list[dict[str, Any]] = []
+        self._kept_as = "float32" if cache is None else cache.dtype
         self._store: Store | None = None
         if features is not None and cache is not None:
             self._store = filled(features, part, cache, self._computed, title)
@@ -73,6 +75,24 @@ class Featured:
             view: Any = self.features
             item["x"] = view.augment(item["x"].clone(), keyed(self.seed, epoch, index, "augment"))
         return item
+
+    @property
+    def made_by(self) -> Mapping[str, Any]:
+        """What items depend on beside the fingerprints of the part: the features, and the seed of their views."""
+        if self.features is None:
+            own: Any = self.part
+            made: Mapping[str, Any] = own.made_by
+            return made
+        state = self.features.state_dict() if hasattr(self.features, "state_dict") else {}
+        features = {**settings_of(self.features), "state": state_of(state), "kept": self._kept_as}
+        return {"features": features, "augmentation": {"seed": self.seed} if self.augmented else None}
+
+    @property
+    def fingerprint(self) -> Callable[[int], str]:
+        """The part's own, if it has one: ``made_by`` says what became of its items."""
+        own: Any = self.part
+        look: Callable[[int], str] = own.fingerprint
+        return look
 
     def _clean(self, index: int) -> dict[str, Any]:
         if self._store is not None:

@@ -141,7 +141,7 @@ def fit(
     ):
         if value not in known:
             raise TrainingError(f"{name}={value!r} is unknown.{did_you_mean(str(value), known)}")
-    place = _Place(_device(device), LAYOUTS[layout], precision)
+    place = _Place(device_of(device), LAYOUTS[layout], precision)
     home = _Place(next((p.device for p in distiller.parameters()), place.device), LAYOUTS["contiguous"], precision)
     source = distiller.source
     wrap = source.dataset if source is not None and hasattr(source, "dataset") else lambda part: part
@@ -450,7 +450,8 @@ def threads_set(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
+    """Return a device that can be used, ``auto`` as CUDA where there is one, or raise a TrainingError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

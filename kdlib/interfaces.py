@@ -69,6 +69,10 @@ class DataPart(Protocol):
     ``fingerprint(index) -> str`` names the content of an item as it is: two items with one fingerprint are equal,
     whatever they are called. It is a hash of all that the item is made of, such as the bytes of its file and the
     settings of the reader. A cache on disk needs it.
+
+    A store of soft labels also needs the attribute ``made_by``, a mapping of plain data: whatever else its items depend
+    on, and under ``augmentation`` how they change from epoch to epoch, None where they never do. Parts with equal
+    fingerprints and an equal ``made_by`` have equal items in every epoch.
     """
 
     @property

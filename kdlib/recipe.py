@@ -26,6 +26,7 @@ from kdlib.errors import PluginError, RecipeError, did_you_mean
 from kdlib.registry import Plugin, Registry, registry
 from kdlib.schedules import Between, Value
 from kdlib.settings import CommandLineText, Strict, validated
+from kdlib.sources import Stored
 
 FUSED = "fusion"
 """The system under which the rows of the fusion stand."""
@@ -94,6 +95,11 @@ class System:
     control: bool
     source: Part | None
     points: Mapping[str, PointPart]
+
+    @property
+    def stored(self) -> bool:
+        """Whether the soft labels were computed before."""
+        return self.source is not None and self.source.plugin.build is Stored
 
 
 @dataclass(frozen=True)
@@ -364,6 +370,7 @@ def _system(block: SystemBlock, at: str, train: Block, base: Path) -> System:
     if block.source is None and block.student.model_fields_set - {"model", "train"}:
         raise RecipeError(f"{at}source: required for a student. Without it one network is trained, the teacher.")
     source = None if block.source is None else _part("source", _seeded(block.source, student), f"{at}source", base)
+    _refuse_stored(source, block.teacher.weights, at)
     return System(
         features=None if block.features is None else _part("features", block.features, f"{at}features", base),
         teacher=teacher,
@@ -376,6 +383,24 @@ def _system(block: SystemBlock, at: str, train: Block, base: Path) -> System:
         source=source,
         points=points,
     )
+
+
+def _refuse_stored(source: Part | None, weights: Path | None, at: str) -> None:
+    """Refuse stored soft labels where the teacher would be another than theirs, or where they are mixed with others."""
+    if source is None:
+        return
+    if source.plugin.build is Stored and weights is None:
+        raise RecipeError(
+            f"{at}teacher.weights: required. The source '{source.plugin.name}' has the labels of a teacher that was "
+            "trained before: name the teacher.safetensors of the run that they were built from. It is compared with "
+            "theirs, and scored."
+        )
+    for inner in source.nested.get("sources", {}).values():
+        if inner.plugin.build is Stored:
+            raise RecipeError(
+                f"{inner.at}: stored soft labels stand alone in a recipe; mix sources when they are built."
+            )
+        _refuse_stored(inner, weights, at)
 
 
 def _seeded(source: Block, student: Network) -> Block:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import os
 import warnings
@@ -155,11 +156,14 @@ def build(plugin: Plugin, settings: Strict, live: Mapping[str, Any], facts: Mapp
     arguments = {name: getattr(settings, name) for name in type(settings).model_fields}
     if plugin.kind in ("model", "features"):
         arguments = _filled(plugin, arguments, facts, at)
-    missing = [name for name in plugin.live if live.get(name) is None]
+    wanted = inspect.signature(plugin.build).parameters
+    missing = [
+        name for name in plugin.live if live.get(name) is None and wanted[name].default is inspect.Parameter.empty
+    ]
     if missing:
         raise RecipeError(f"{at}: the {plugin.kind} '{plugin.name}' needs '{missing[0]}', which is not there.")
     try:
-        return plugin.build(*(live[name] for name in plugin.live), **arguments)
+        return plugin.build(*(live.get(name) for name in plugin.live), **arguments)
     except Exception as error:
         note = f"in {plugin.kind} '{plugin.name}' of plugin '{plugin.package}' ({at})"
         error.add_note(note)

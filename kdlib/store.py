@@ -139,9 +139,17 @@ class Store:
         write_atomically(path, lambda beside: beside.write_bytes(data))
         write_atomically(_beside(path), lambda beside: beside.write_bytes(_seal(path, data)))
 
+    def written(self, shard: int) -> bool:
+        """Return whether a shard was written to its end; :meth:`check` says whether it still is what was written."""
+        return _beside(self.path(shard)).exists()
+
+    def check(self, shard: int) -> None:
+        """Refuse a shard that is missing or damaged, with its name (DataError)."""
+        self._open(shard)
+
     def intact(self, shard: int) -> bool:
         """Return whether a shard is written and as it was written; say so (a warning) where it is damaged."""
-        if not _beside(self.path(shard)).exists():  # not yet, or not to its end
+        if not self.written(shard):
             return False
         try:
             self._open(shard)
@@ -264,11 +272,11 @@ def make_store(
     remove_left_over(folder)
     store = Store(folder)
     asked = plain if shard_rows is None else {**plain, "shard_rows": shard_rows}
-    differences = list(_differences(store.manifest.model_dump(include=set(asked)), asked))
-    if differences:
-        more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
-        listed = "\n".join(f"  {line}" for line in differences[:SHOWN] + more)
-        raise DataError(f"{folder}: was made of something else. Name another folder, or delete this one.\n{listed}")
+    found = differences(store.manifest.model_dump(include=set(asked)), asked)
+    if found:
+        raise DataError(
+            f"{folder}: was made of something else. Name another folder, or delete this one.\n{listed(found)}"
+        )
     return store
 
 
@@ -288,6 +296,17 @@ def _read_manifest(path: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
     raise DataError(f"{path}: damaged, or not a store's: {reason}. Delete the folder and make it anew.")
+
+
+def differences(there: Any, asked: Any) -> list[str]:
+    """Return one line for each value in which two descriptions differ, with both sides."""
+    return list(_differences(there, asked))
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Return lines for a message, the first of many."""
+    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n".join(f"  {line}" for line in [*lines[:SHOWN], *more])
 
 
 def _differences(there: Any, asked: Any, at: str = "") -> Iterator[str]:

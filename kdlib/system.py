@@ -182,14 +182,14 @@ def _students(
     """Train the control and the student, and return them with the student's source."""
     system, roles = job.system, {}
     teacher = freeze(copy.deepcopy(trained))
+    student = start
+    if system.cross_fit is None:  # before the control: what is refused here is refused before it is trained
+        source = make_source(system, teacher, student, train)
     if system.control:
         role = "continued" if system.start == "teacher" else "alone"
         roles[role] = copy.deepcopy(start)
         _fit(job, role, Distiller(roles[role], hard=HardLabels()), system.student.train, train, valid)
-    student = start
-    if system.cross_fit is None:
-        source = make_source(system, teacher, student, train)
-    else:
+    if system.cross_fit is not None:
         source = _cross_fitted(job, system.cross_fit, student, train, valid)
     distiller = Distiller(student, source, **make_points(system, teacher, student, train))
     _fit(job, "student", distiller, system.student.train, train, valid)

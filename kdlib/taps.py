@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdlib.batch import map_tensors, tensors_in
 from kdlib.errors import TapError, did_you_mean
+from kdlib.fingerprints import digest, name_of, source_of, state_of
 from kdlib.interfaces import Taps
 
 _Picks = tuple[str | int, ...]
@@ -217,6 +218,18 @@ class Frozen:
     def head(self, frames: Tensor) -> Taps:
         """Return the taps for frames (B, frames, D) of a model that has ``encode`` and ``head``."""
         return self._aligned(checked_taps(self._run(self._method("head"), (frames,), {}), "teacher"))
+
+    def made_of(self) -> dict[str, Any]:
+        """Return what its taps depend on, as plain data: class, structure, weights, type and order of classes."""
+        return {
+            "class": name_of(self.model),
+            "source": source_of(type(self.model)),
+            "structure": digest([repr(self.model).encode()]),
+            "state": state_of(self.model.state_dict()),
+            "dtype": None if self._dtype is None else str(self._dtype),
+            "classes": None if self.classes is None else list(self.classes),
+            "order": None if self._order is None else list(self._order),
+        }
 
     def __repr__(self) -> str:
         return f"Frozen({type(self.model).__name__})"

@@ -8,6 +8,7 @@ from kdlib.sources.ensemble import Ensemble
 from kdlib.sources.label_smoothing import LabelSmoothing
 from kdlib.sources.same_input import SameInput
 from kdlib.sources.self_distillation import SelfDistillation
+from kdlib.sources.stored import Stored
 
 __all__ = [
     "ClassMeans",
@@ -18,5 +19,6 @@ __all__ = [
     "LabelSmoothing",
     "SameInput",
     "SelfDistillation",
+    "Stored",
     "fold_of_groups",
 ]

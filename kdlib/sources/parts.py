@@ -43,6 +43,12 @@ class Rows:
         epoch, index = key
         return {**self.part[epoch, int(self.rows[index])], "index": index}
 
+    @property
+    def fingerprint(self) -> Callable[[int], str]:
+        """The whole part's, if it has one, by the index here."""
+        look: Callable[[int], str] = _of_whole(self, "fingerprint")
+        return lambda index: look(int(self.rows[index]))
+
     def __getattr__(self, name: str) -> Any:
         return _of_whole(self, name)
 

@@ -282,6 +282,7 @@ class Clips:
         groups: the recording or place of each clip.
         classes: the class names, in the order of the numbers.
         store: reads the samples.
+        made_by: that clips never change.
 
     Raises:
         DataError: on reading an item whose file is not what the settings say (see :func:`kdlib_asc.audio.read_audio`).
@@ -300,6 +301,7 @@ class Clips:
         self.groups = groups
         self.classes = classes
         self.store = store
+        self.made_by = {"augmentation": None}
 
     def __len__(self) -> int:
         return len(self.ids)
