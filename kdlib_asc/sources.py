@@ -109,7 +109,7 @@ class MultiSegment:
     def __call__(self, batch: Batch) -> Taps:
         """Return the teacher's taps for each clip of the batch joined with its partners."""
         if "frames" in batch:
-            return self.teacher.head(self._joined(batch["frames"], batch.get("windows")))
+            return self.teacher.head(self._mended(batch["frames"], batch.get("windows")))
         segments: list[Tensor] = [batch["base"] if "base" in batch else batch["x"]]
         if self.segments > 1:
             segments += batch["partners"].unbind(1)
@@ -165,7 +165,7 @@ class MultiSegment:
             )
         return junction
 
-    def _joined(self, frames: Tensor, windows: Tensor | None) -> Tensor:
+    def _mended(self, frames: Tensor, windows: Tensor | None) -> Tensor:
         """Return the frames of each segment (B, S, F, D) as those of the joined segments, (B, S * F, D)."""
         if windows is None:
             return frames.flatten(1, 2)

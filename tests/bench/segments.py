@@ -41,7 +41,7 @@ def measured(model: nn.Module, x: Tensor, axis: int) -> None:
     part = kdlib.TensorPart(x, [0] * len(x))
     teacher = kdlib.freeze(model)
     sources = {
-        join: MultiSegment(teacher, part, segments=2, join=join, time_axis=axis)
+        join: MultiSegment(teacher, part, segments=2, join=join, view="clean", time_axis=axis)
         for join in ("input", "frames", "exact")
     }
     stride = model.junction.stride
