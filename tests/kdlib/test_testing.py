@@ -10,6 +10,7 @@ from torch.nn.functional import mse_loss
 import kdlib
 from kdlib.registry import build, registry
 from kdlib.settings import validated
+from kdlib.storing import build_store
 from kdlib.testing import check_model, check_point, check_source, example_batch, example_taps
 
 NAMES = {kind: registry().names(kind) for kind in ("point", "source", "model")}
@@ -36,6 +37,7 @@ class Scenes(kdlib.TensorPart):
     """Eight clips of two classes from four places, with everything that a source may ask of its data or its batch."""
 
     time_axis = -1
+    made_by = {"augmentation": None}  # noqa: RUF012
 
     def __init__(self):
         x = torch.randn(8, 1, 8, generator=torch.Generator().manual_seed(3))
@@ -58,6 +60,15 @@ def live():
 
 REQUIRED = {"tap": "maps", "taps": ["maps", "deeper"], "classes": 10}
 """What to write for a setting without a default."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def labels(tmp_path_factory):
+    """Soft labels of the teacher for the scenes, for sources that look them up."""
+    REQUIRED["folder"] = str(tmp_path_factory.mktemp("labels"))
+    build_store(kdlib.SameInput(live()["teacher"]), Scenes(), REQUIRED["folder"])
+    yield
+    del REQUIRED["folder"]
 
 
 def made(kind, name, **settings):
