@@ -25,8 +25,15 @@ class NamedTaps(dict[str, Tensor]):
 class NamedBatch(dict[str, Any]):
     """A batch. A missing key is an error that names the keys there are."""
 
+    def __init__(self, batch: Mapping[str, Any]) -> None:
+        if not isinstance(batch, Mapping):
+            raise BatchError(
+                f"A batch is a mapping with 'x', not a {type(batch).__name__}. Make one: kdlib.as_batch((x, y))."
+            )
+        super().__init__(batch)
+
     def __missing__(self, name: str) -> NoReturn:
-        raise BatchError(f"the batch has no '{name}'.{did_you_mean(name, self)}")
+        raise BatchError(f"the batch has no '{name}'.{did_you_mean(name, self.keys() - {'clock'})}")
 
 
 def as_batch(batch: Any) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -9,14 +10,14 @@ import traceback
 import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kdlib.errors import KdlibError, printable
+from kdlib.errors import DataError, KdlibError, PluginError, did_you_mean, printable
 from kdlib.registry import register, registry
 
 MEANING = {
@@ -72,8 +73,10 @@ def run_command(
             cost = estimate(read(recipe, changes))
         _show_cost(cost)
         return
+    wanted = read(recipe, changes)
+    _refuse_wrong(wanted)
     say = (lambda _: None) if quiet else _print
-    folder = run(read(recipe, changes), out, progress=not quiet, say=say)
+    folder = run(wanted, out, progress=not quiet, say=say)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     console.print(_table(result))
     _list_pictures(folder)
@@ -229,11 +232,16 @@ def store_verify_command(folder: Annotated[Path, typer.Argument(help="The folder
 
 @app.command("plugins")
 def plugins_command(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False, plugins: Modules = None
+    name: Annotated[str | None, typer.Argument(help="Show this one: what it does, and its settings.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    plugins: Modules = None,
 ) -> None:
     """List what is registered, by whom, and what is broken."""
     _register(plugins)
     known = registry()
+    if name is not None:
+        _describe(name)
+        return
     if as_json:
         listed: list[dict[str, Any]] = [
             {"kind": one.kind, "name": one.name, "plugin": one.package, "settings": one.settings.model_json_schema()}
@@ -317,6 +325,20 @@ def _teachers(source: dict[str, Any]) -> list[dict[str, Any]]:
     return [*([source["teacher"]] if "teacher" in source else []), *inner]
 
 
+def _refuse_wrong(recipe: Any) -> None:
+    """Look every system over before the first is trained: a slip in the last one's student should not cost a day."""
+    from kdlib.checking import check
+
+    try:
+        for title, report in check(recipe):
+            if report.fault is not None:
+                raise report.fault
+            if not report:
+                raise KdlibError(f"{title}: something is wrong, and nothing was trained.\n{report}")
+    except DataError:  # of the few clips that a check takes; the training says it of all of them
+        return
+
+
 def _show_cost(cost: Any) -> None:
     table = Table("system", "training", title="expected on this machine, roughly")
     for column in ("steps", "s a step", "time", "memory"):
@@ -334,6 +356,21 @@ def _show_cost(cost: Any) -> None:
     )
     if cost.memory > there:
         _print("That does not fit. Take a smaller train.batch, with train.accumulate to keep the updates.")
+
+
+def _describe(name: str) -> None:
+    """Show a plugin's docstring and settings, or those of all kinds that have one of the name."""
+    found = [one for one in registry().plugins() if one.name == name]
+    if not found:
+        raise PluginError(f"No plugin named '{name}'.{did_you_mean(name, {one.name for one in registry().plugins()})}")
+    for one in found:
+        _print(f"{one.kind} {one.name}, of plugin {one.package}\n\n{inspect.getdoc(one.build) or ''}\n")
+        table = Table("setting", "default", "type")
+        for setting, field in one.settings.model_fields.items():
+            kind = getattr(field.annotation, "__name__", None) if not get_args(field.annotation) else None
+            default = "required" if field.is_required() else repr(field.default)
+            table.add_row(setting, escape(default), escape(kind or str(field.annotation).replace("typing.", "")))
+        console.print(table)
 
 
 def _time(seconds: float) -> str:
@@ -357,7 +394,8 @@ def _register(modules: list[str] | None) -> None:
         try:
             module = import_module(name)
         except ImportError as error:
-            raise KdlibError(f"--plugin {name}: cannot be imported: {error}.") from error
+            hint = f" A module is named, not a file: --plugin {name[:-3]}." if name.endswith(".py") else ""
+            raise KdlibError(f"--plugin {name}: cannot be imported: {error}.{hint}") from error
         finally:
             sys.path.remove("")
         register(module, name)

@@ -83,8 +83,13 @@ class Distiller(nn.Module):
         self.projectors = nn.Module()
         for name, entry in points.items():
             weight, point = entry if isinstance(entry, tuple) else (1.0, entry)
-            if not callable(point):
-                raise KdlibError(f"Point '{name}' cannot be called: a point is point(student, teacher, batch) -> loss.")
+            if isinstance(point, type):
+                raise KdlibError(f"Point '{name}' is the class {point.__name__}; make one: {point.__name__}().")
+            if not callable(point) or not (callable(weight) or isinstance(weight, int | float)):
+                raise KdlibError(
+                    f"'{name}' is no point and no (weight, point): a point is called with (student, teacher, batch), "
+                    "and a weight is a number or a schedule."
+                )
             if not callable(weight) and not 0 <= float(weight) < float("inf"):
                 raise KdlibError(f"Point '{name}': a weight is a number from 0 up, not {weight}.")
             self.weights[name] = weight if callable(weight) else float(weight)
@@ -214,7 +219,8 @@ class Distiller(nn.Module):
             if shared:
                 raise TapError(
                     f"Teacher and student share {len(shared)} parameters, '{shared[0]}' first: training one would "
-                    "change the other. Make the student a copy: copy.deepcopy(model)."
+                    "change the other. Make the student a copy before the teacher is frozen, which stops the gradients "
+                    "of what it is given: copy.deepcopy(model)."
                 )
 
 

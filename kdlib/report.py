@@ -183,7 +183,9 @@ def _check_optimizers(
         missing = [name for name, parameter in wanted if id(parameter) not in trained]
         if missing:
             mark: Mark = "wrong" if side == "projector" else "note"
-            report.add(mark, f"{side} parameters", f"{len(missing)} not in the optimizer: {', '.join(missing[:4])}")
+            advice = "; make it of distiller.parameters(), after prepare" if side == "projector" else ""
+            seen = f"{len(missing)} not in the optimizer: {', '.join(missing[:4])}{advice}"
+            report.add(mark, f"{side} parameters", seen)
         elif wanted:
             report.add("ok", f"{side} parameters", f"all {len(wanted)} in the optimizer")
 

@@ -129,6 +129,8 @@ def load_run(path: str | Path, fold: str | int | None = None) -> Run:
 def _chosen(folder: Path, folds: list[str], fold: str | int | None) -> str:
     if fold is None and len(folds) == 1:
         return folds[0]
+    if folds == [""]:
+        raise KdlibError(f"{folder}: this run has no folds; leave fold={fold} out.")
     if str(fold) not in folds:
         raise KdlibError(f"{folder}: name one of its folds: fold={' | '.join(folds)}.")
     return str(fold)

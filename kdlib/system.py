@@ -85,6 +85,7 @@ def train_system(
         write_tensors(folder / "features.safetensors", features.state_dict())
 
     teacher = _teacher(job, train, valid)
+    _save(folder / "teacher.safetensors", teacher, parts.classes)  # now: what follows may fail
     roles, source = {"without": teacher}, None
     if system.source is not None:
         start = _start(job, teacher, train, valid)
@@ -92,7 +93,8 @@ def train_system(
         roles |= students
     scores = {}
     for role, network in roles.items():
-        _save(folder / f"{stem(role)}.safetensors", network, parts.classes)
+        if role != "without":
+            _save(folder / f"{stem(role)}.safetensors", network, parts.classes)
         scores[role] = _scored(job, role, network, train, test)
     if hasattr(source, "pictures") and figures.missing() is None:
         _draw(job, source, test, scores["without"])

@@ -283,6 +283,30 @@ def test_a_broken_package_is_code_2_in_strict_mode(kdlib, sites, monkeypatch):
 # check
 
 
+def test_a_slip_in_the_students_part_is_found_before_anything_is_trained(kdlib, here):
+    code, out, complaints = kdlib("run", "digits", "--set", "points.soft.tap=logit", "--out", "new")
+    assert (code, out) == (2, "")
+    assert "nothing was trained" in complaints
+    assert "the student has no tap 'logit'. Did you mean 'logits'?" in complaints
+    assert not (here / "new").exists()
+
+
+def test_a_plugin_is_described_with_its_settings(kdlib):
+    code, out, _ = kdlib("plugins", "soft_labels")
+    assert code == 0
+    for word in ("point soft_labels", "Heo et al. 2019", "temperature", "Literal['logits', 'posteriors']", "1.0"):
+        assert word in out
+    code, _, complaints = kdlib("plugins", "soft_label")
+    assert code == 2
+    assert "Did you mean 'soft_labels'" in complaints
+
+
+def test_a_module_is_named_and_not_its_file(kdlib):
+    code, _, complaints = kdlib("plugins", "--plugin", "mine.py")
+    assert code == 2
+    assert "--plugin mine" in complaints.splitlines()[-1]
+
+
 def test_a_check_prints_a_report_and_writes_nothing(kdlib, here):
     before = sorted(path.name for path in here.iterdir())
     code, out, complaints = kdlib("check", "digits")

@@ -483,6 +483,33 @@ def test_one_shared_parameter_is_refused_by_name():
         kdlib.Distiller(small, kdlib.SameInput(kdlib.freeze(big)), soft=kdlib.SoftLabels())
 
 
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (kdlib.SoftLabels, r"'soft' is the class SoftLabels; make one: SoftLabels\(\)"),
+        ((0.5, kdlib.SoftLabels), r"'soft' is the class SoftLabels"),
+        ((kdlib.SoftLabels(), 0.5), r"'soft' is no point and no \(weight, point\)"),
+        (("a", kdlib.SoftLabels()), r"'soft' is no point and no \(weight, point\)"),
+    ],
+)
+def test_what_is_no_point_is_refused_when_the_distiller_is_made(entry, words):
+    with pytest.raises(kdlib.KdlibError, match=words):
+        kdlib.Distiller(tapped(), soft=entry)
+
+
+@pytest.mark.parametrize("batch", [(torch.zeros(2, 4), torch.tensor([0, 1])), torch.zeros(2, 4)])
+def test_a_batch_that_is_no_mapping_says_how_to_make_one(batch):
+    distiller = kdlib.Distiller(tapped(), hard=kdlib.HardLabels())
+    for call in (distiller, distiller.check):
+        with pytest.raises(kdlib.BatchError, match=r"kdlib\.as_batch\(\(x, y\)\)"):
+            call(batch)
+
+
+def test_a_batch_without_labels_names_what_a_user_put_there():
+    with pytest.raises(kdlib.BatchError, match=r"no 'y'.* Known: x\."):
+        kdlib.Distiller(tapped(), hard=kdlib.HardLabels())({"x": torch.zeros(2, 4)})
+
+
 def test_a_copy_of_the_teacher_is_a_good_student():
     net = tapped()
     distiller = kdlib.Distiller(copy.deepcopy(net), kdlib.SameInput(kdlib.freeze(net)), soft=kdlib.SoftLabels())

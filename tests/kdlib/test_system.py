@@ -721,3 +721,11 @@ def test_outputs_are_in_the_order_of_the_part_clean_and_in_eval_mode():
 def test_a_system_is_written_where_the_run_looks(base):
     assert base.name == "main"
     assert {path.name for path in Path(base).iterdir() if path.is_dir()} == {"teacher", "student"}
+
+
+def test_a_teacher_is_saved_before_its_student_fails(base, tmp_path):
+    points = {"odd": {"kind": "odd_point"}}
+    with pytest.raises(Odd):
+        run(read({**BASE, "points": points}), tmp_path / "run", progress=False)
+    saved = load_file(tmp_path / "run" / "main" / "teacher.safetensors")
+    assert equal(saved, weights(base, "without"))
