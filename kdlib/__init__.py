@@ -4,7 +4,7 @@ from kdlib.batch import as_batch, same_shape
 from kdlib.data import CLEAN, Loader, Parts, TensorPart
 from kdlib.distiller import Distiller, Losses
 from kdlib.errors import BatchError, DataError, KdlibError, PluginError, RecipeError, TapError, TrainingError
-from kdlib.fit import History, fit
+from kdlib.fit import fit
 from kdlib.hooks import hookimpl
 from kdlib.interfaces import (
     Batch,
@@ -29,6 +29,7 @@ from kdlib.saved import Run, load_run
 from kdlib.schedules import Schedule
 from kdlib.sources import SameInput
 from kdlib.taps import Frozen, Tapped, freeze
+from kdlib.training import History
 
 __all__ = [
     "CLEAN",

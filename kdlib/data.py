@@ -117,15 +117,17 @@ class _EpochBatches(Sampler[list[tuple[int, int]]]):
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
+        self.start = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # Not a generator: the epoch is read now, not when the first batch is asked for.
+        # Not a generator: epoch and start are read now, not when the first batch is asked for.
         if self.shuffle:
             order = torch.randperm(self.length, generator=_keyed(self.seed, self.epoch, "order")).tolist()
         else:
             order = list(range(self.length))
         pairs = [(self.epoch, index) for index in order]
-        return iter([pairs[start : start + self.batch] for start in range(0, self.length, self.batch)])
+        first = self.start * self.batch
+        return iter([pairs[row : row + self.batch] for row in range(first, self.length, self.batch)])
 
     def __len__(self) -> int:
         return -(-self.length // self.batch)
@@ -185,10 +187,10 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(self._next)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Return the batches of one epoch."""
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+        """Return the batches of one epoch from the batch ``start`` on; those before it are not loaded."""
         self._next = epoch + 1
-        self._batches.epoch = epoch
+        self._batches.epoch, self._batches.start = epoch, start
         return _raising(iter(self._loader))
 
 

@@ -19,8 +19,8 @@ from kdlib.checking import Few, built
 from kdlib.data import CLEAN, to_device
 from kdlib.distiller import Distiller
 from kdlib.featured import MEMORY
-from kdlib.fit import LAYOUTS, threads_set
 from kdlib.interfaces import DataPart, DataParts
+from kdlib.place import LAYOUTS, threads_set
 from kdlib.points import HardLabels
 from kdlib.recipe import Part, Recipe, System
 from kdlib.run import make_data

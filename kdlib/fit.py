@@ -1,63 +1,38 @@
-"""The training loop: one process, one distiller, epochs of keyed batches."""
+"""Training a distiller: settings are refused, all is prepared and tried, and then :mod:`kdlib.training` runs."""
 
 from __future__ import annotations
 
 import itertools
-import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
-from kdlib.batch import tensors_in
-from kdlib.data import CLEAN, Loader, as_part, to_device
-from kdlib.distiller import Distiller, Losses, untouched
+from kdlib.data import CLEAN, Loader, as_part
+from kdlib.distiller import Distiller, untouched
 from kdlib.errors import KdlibError, TrainingError, did_you_mean
 from kdlib.files import write_json
-from kdlib.interfaces import Batch, SoftLabelSource
+from kdlib.interfaces import SoftLabelSource
 from kdlib.keyed import default_generators_keyed
 from kdlib.log import Callback, Event, csv_log, jsonl_log, progress_bar
+from kdlib.place import LAYOUTS, PRECISIONS, Place, device_of, threads_set
 from kdlib.progress import track
+from kdlib.training import Choice, History, Training, samples_of
 from kdlib.worth import Hits, described, hits
 
 JUDGED = 200
 """Rows of each part on which a teacher's accuracy is taken, rounded up to whole batches."""
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-PRECISIONS = ("fp32", "bf16")
 SCHEDULES = ("constant", "one_cycle", "cosine")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
-
-
-@dataclass
-class History:
-    """What a training was: one record an epoch, and the epoch whose weights the student has now."""
-
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    """``epoch``, ``step``, ``lr``, ``seconds``, ``total`` and each term as means over the epoch's rows; with a
-    validation part the same with ``valid_`` before the name."""
-    best: int = -1
-    """The epoch whose weights were kept."""
-    teacher: dict[str, Hits] = field(default_factory=dict)
-    """How often the teacher is right before the first step, (right, rows): of ``training`` and ``validation``,
-    ``through the source`` and ``on the student's input alone``. Empty without a source."""
-    difference: dict[str, float] = field(default_factory=dict)
-    """What the source's ``difference`` says of the training part. Empty where it has none."""
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps taken."""
-        return int(self.epochs[-1]["step"]) if self.epochs else 0
 
 
 def fit(
@@ -141,141 +116,66 @@ def fit(
     ):
         if value not in known:
             raise TrainingError(f"{name}={value!r} is unknown.{did_you_mean(str(value), known)}")
-    place = _Place(device_of(device), LAYOUTS[layout], precision)
-    home = _Place(next((p.device for p in distiller.parameters()), place.device), LAYOUTS["contiguous"], precision)
-    source = distiller.source
-    wrap = source.dataset if source is not None and hasattr(source, "dataset") else lambda part: part
-    loader = Loader(wrap(as_part(train)), batch=batch, seed=seed, workers=workers, keyed=True)
-    first = Loader(loader.dataset, batch=batch, shuffle=False, keyed=True)
-    valid_loader = None
-    if valid is not None:
-        valid_loader = Loader(wrap(as_part(valid)), batch=batch, shuffle=False, keyed=True)
+    place = Place(device_of(device), LAYOUTS[layout], precision)
+    home = Place(next((p.device for p in distiller.parameters()), place.device), LAYOUTS["contiguous"], precision)
+    parts = _parts(distiller.source, train, valid)
+    loader = Loader(parts["training"], batch=batch, seed=seed, workers=workers, keyed=True)
+    valid_loader = Loader(parts["validation"], batch=batch, shuffle=False, keyed=True) if valid is not None else None
 
     with ExitStack() as stack:
         stack.enter_context(threads_set(threads))
         stack.enter_context(_modes_restored(distiller))
         place.module(distiller)
-        with default_generators_keyed(place.device, seed, "step", "prepare"):
-            batch_0 = next(first.epoch(CLEAN))
-            with place.autocast():
-                tried = {**place.batch(batch_0), "clock": lambda: (int(distiller.step), 0)}
-                report = distiller.prepare(tried).check(tried)
-        if report.fault is not None:
-            raise report.fault
-        if not report:
-            samples = _samples(batch_0, loader.dataset)
-            raise TrainingError(f"The distiller does not pass its check on the first batch.\n{report}\n{samples}")
-        _try_last_batch(distiller, loader.dataset, batch, place, seed, training=True)
-        if valid_loader is not None:
-            _try_last_batch(distiller, valid_loader.dataset, batch, place, seed, training=False)
+        _prepare(distiller, parts["training"], batch, place, seed)
+        for name, part in parts.items():
+            _try_last_batch(distiller, part, batch, place, seed, name)
         maker = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
         stepper = maker([parameter for parameter in distiller.parameters() if parameter.requires_grad], lr=lr)
         steps = epochs * -(-len(loader) // accumulate)
-        scheduler = _scheduler(stepper, schedule, lr, steps)
+        training = Training(
+            distiller,
+            stepper,
+            _scheduler(stepper, schedule, lr, steps),
+            loader,
+            valid_loader,
+            place,
+            Choice(keep=valid is not None and select != "last", patience=patience),
+            epochs=epochs,
+            seed=seed,
+            accumulate=accumulate,
+            clip=clip,
+        )
         tell = _listeners(stack, callbacks, progress, steps, folder)
-
-        history = History()
-        if source is not None:
-            parts = {"training": loader.dataset}
-            if valid_loader is not None:
-                parts["validation"] = valid_loader.dataset
-            with default_generators_keyed(place.device, seed, "step", "teacher"):
-                history.teacher = _teacher_accuracy(source, parts, batch, place, seed, bool(progress))
-                if hasattr(source, "difference"):
-                    with place.autocast():
-                        history.difference = dict(source.difference(loader.dataset))
-            _report_teacher(history, folder, bool(progress))
-        chosen = _Choice(keep=valid is not None and select != "last", patience=patience)
-        step = 0
-        for epoch in range(epochs):
-            distiller.train()
-            started = time.perf_counter()
-            means = _Means()
-            batches = loader.epoch(epoch)
-            while group := _fetched(batches, accumulate, seed, step, place.device):
-                stepper.zero_grad()
-                where = f"step {step}, epoch {epoch}"
-                with (
-                    default_generators_keyed(place.device, seed, "step", step),
-                    _buffers_restored_on_error(distiller.student),
-                ):
-                    losses = _gradients(distiller, group, place, means, loader.dataset, where)
-                    _clip(stepper, clip, group, loader.dataset, where)
-                rate = float(stepper.param_groups[0]["lr"])
-                now = {"lr": rate, **distiller.in_force(epoch)}
-                stepper.step()
-                distiller.advance()
-                if scheduler is not None:
-                    scheduler.step()
-                step += 1
-                tell(Event("step", step, epoch, losses, distiller, now))
-            record = {"epoch": epoch, "step": step, "lr": rate, **means.result()}
-            if valid_loader is not None:
-                record |= _validate(distiller, valid_loader, place, (int(distiller.step), epoch), seed)
-            record["seconds"] = time.perf_counter() - started
-            history.epochs.append(record)
-            over = chosen.see(epoch, record.get("valid_total"), distiller)
-            tell(Event("epoch", step, epoch, losses, distiller, record))
-            if over:
-                break
-        history.best = chosen.take(distiller, last=epoch)
+        if distiller.source is not None:
+            _judge_teacher(training, distiller.source, parts, batch, folder, bool(progress))
+        training.run(tell)
         home.module(distiller)
-        tell(Event("end", step, epoch, losses, distiller, {}))
-    return history
+        assert training.last is not None  # there was an epoch
+        tell(Event("end", training.step, training.epoch - 1, training.last[0], distiller, {}))
+    return training.history
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where and how a forward runs."""
-
-    device: torch.device
-    layout: torch.memory_format
-    precision: str
-
-    def batch(self, batch: Batch) -> dict[str, Any]:
-        return to_device(batch, self.device, self.layout)
-
-    def module(self, module: nn.Module) -> None:
-        module.to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def forward(self, distiller: Distiller, batch: Batch) -> Losses:
-        with self.autocast():
-            losses: Losses = distiller(batch)
-        return losses
+def _parts(source: Any, train: Any, valid: Any) -> dict[str, Any]:
+    """Return the parts by name, with what the source adds to them."""
+    parts = {"training": as_part(train)} | ({} if valid is None else {"validation": as_part(valid)})
+    return {name: source.dataset(part) for name, part in parts.items()} if hasattr(source, "dataset") else parts
 
 
-@dataclass
-class _Choice:
-    """The epoch whose weights are kept: that of the lowest validation loss, or the last."""
-
-    keep: bool
-    patience: int | None
-    best: int = -1
-    lowest: float = math.inf
-    weights: dict[str, Tensor] | None = None
-
-    def see(self, epoch: int, loss: float | None, distiller: Distiller) -> bool:
-        """Note an epoch's validation loss, and return whether patience has run out."""
-        if loss is None:
-            return False
-        if loss < self.lowest:
-            self.lowest, self.best = loss, epoch
-            if self.keep:
-                self.weights = {name: value.detach().clone() for name, value in distiller.state_dict().items()}
-        return self.patience is not None and epoch - self.best >= self.patience
-
-    def take(self, distiller: Distiller, *, last: int) -> int:
-        """Give the distiller the chosen weights, and return their epoch."""
-        if self.weights is None:
-            return last
-        distiller.load_state_dict(self.weights)
-        return self.best
+def _prepare(distiller: Distiller, part: Any, batch: int, place: Place, seed: int) -> None:
+    """Have projectors made and everything checked on one batch."""
+    with default_generators_keyed(place.device, seed, "step", "prepare"):
+        first = next(Loader(part, batch=batch, shuffle=False, keyed=True).epoch(CLEAN))
+        with place.autocast():
+            tried = {**place.batch(first), "clock": lambda: (int(distiller.step), 0)}
+            report = distiller.prepare(tried).check(tried)
+    if report.fault is not None:
+        raise report.fault
+    if not report:
+        samples = samples_of(first, part)
+        raise TrainingError(f"The distiller does not pass its check on the first batch.\n{report}\n{samples}")
 
 
-def _try_last_batch(distiller: Distiller, part: Any, batch: int, place: _Place, seed: int, *, training: bool) -> None:
+def _try_last_batch(distiller: Distiller, part: Any, batch: int, place: Place, seed: int, name: str) -> None:
     """Refuse a last batch that is too small for a batch norm or a point, before an epoch is spent on getting there."""
     rest = len(part) % batch
     if not rest:
@@ -285,48 +185,42 @@ def _try_last_batch(distiller: Distiller, part: Any, batch: int, place: _Place, 
         torch.no_grad(),
         default_generators_keyed(place.device, seed, "step", "last batch"),
     ):
-        distiller.train(training)
+        distiller.train(name == "training")
         rows = next(Loader(part, batch=rest, shuffle=False, keyed=True).epoch(CLEAN))
         try:
             place.forward(distiller, {**place.batch(rows), "clock": lambda: (int(distiller.step), 0)})
         except (KdlibError, ValueError) as error:
-            which = "training" if training else "validation"
             raise TrainingError(
-                f"With batch={batch} the last batch of the {which} part has {rest} of its {len(part)} rows; choose "
+                f"With batch={batch} the last batch of the {name} part has {rest} of its {len(part)} rows; choose "
                 f"another size. The distiller cannot take it: {error}"
             ) from error
 
 
-def _gradients(
-    distiller: Distiller, group: list[Batch], place: _Place, means: _Means, dataset: Any, where: str
-) -> Losses:
-    """Add up the gradients of a group of batches, each by its share of the rows, and return the last losses."""
-    rows = sum(_rows(batch) for batch in group)
-    for batch in group:
-        losses = place.forward(distiller, place.batch(batch))
-        _refuse_infinite(losses, batch, dataset, where)
-        torch.autograd.backward(losses.total * (_rows(batch) / rows))
-        means.add(losses, _rows(batch))
-    return losses
+def _judge_teacher(
+    training: Training, source: Any, parts: Mapping[str, Any], batch: int, folder: Path | str | None, progress: bool
+) -> None:
+    """Find out how often the teacher is right and how far its source's shortcut leads; keep and show it."""
+    from rich import get_console
 
-
-@torch.no_grad()
-def _validate(
-    distiller: Distiller, loader: Loader, place: _Place, clock: tuple[int, int], seed: int
-) -> dict[str, float]:
-    """Return the mean losses over a part, in eval mode. The epoch is CLEAN, so each time it is the same data."""
-    distiller.eval()
-    means = _Means()
-    with default_generators_keyed(place.device, seed, "step", "validate"):
-        for batch in loader.epoch(CLEAN):
-            losses = place.forward(distiller, {**place.batch(batch), "clock": lambda: clock})
-            _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {clock[1]}")
-            means.add(losses, _rows(batch))
-    return {f"valid_{name}": value for name, value in means.result().items()}
+    place, seed, history = training.place, training.seed, training.history
+    with default_generators_keyed(place.device, seed, "step", "teacher"):
+        history.teacher = _teacher_accuracy(source, parts, batch, place, seed, progress)
+        if hasattr(source, "difference"):
+            with place.autocast():
+                history.difference = dict(source.difference(parts["training"]))
+    difference = history.difference
+    if folder is not None:
+        kept = {**history.teacher, "difference": difference} if difference else history.teacher
+        write_json(Path(folder) / "teacher.json", kept)
+    lines = [f"teacher on {name}: {described(right)}" for name, right in history.teacher.items()]
+    if difference:
+        lines.append("teacher's shortcut: " + ", ".join(f"{name} {value:.3g}" for name, value in difference.items()))
+    for line in lines if progress else ():
+        get_console().print(line, highlight=False, soft_wrap=True)
 
 
 def _teacher_accuracy(
-    source: SoftLabelSource, parts: Mapping[str, Any], batch: int, place: _Place, seed: int, progress: bool
+    source: SoftLabelSource, parts: Mapping[str, Any], batch: int, place: Place, seed: int, progress: bool
 ) -> dict[str, Hits]:
     """Return how often the teacher is right on some rows of each part, without augmentation."""
     found = {}
@@ -344,21 +238,6 @@ def _teacher_accuracy(
         if rows:
             found[name] = {key: (total[key], rows[key]) for key in rows}
     return found
-
-
-def _report_teacher(history: History, folder: Path | str | None, progress: bool) -> None:
-    """Show how often the teacher is right and how far its source's shortcut leads, and keep it beside the logs."""
-    from rich import get_console
-
-    difference = history.difference
-    if folder is not None:
-        kept = {**history.teacher, "difference": difference} if difference else history.teacher
-        write_json(Path(folder) / "teacher.json", kept)
-    lines = [f"teacher on {name}: {described(right)}" for name, right in history.teacher.items()]
-    if difference:
-        lines.append("teacher's shortcut: " + ", ".join(f"{name} {value:.3g}" for name, value in difference.items()))
-    for line in lines if progress else ():
-        get_console().print(line, highlight=False, soft_wrap=True)
 
 
 def _listeners(
@@ -380,33 +259,6 @@ def _listeners(
     return tell
 
 
-class _Means:
-    """Means of the losses over rows, kept on the device until they are asked for."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.counts: dict[str, int] = {}
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, losses: Losses, rows: int) -> None:
-        for name, value in {**losses.terms, "total": losses.total.detach()}.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * rows
-            self.counts[name] = self.counts.get(name, 0) + rows
-
-    def result(self) -> dict[str, float]:
-        return {name: float(value) / self.counts[name] for name, value in self.sums.items()}
-
-
-def _fetched(batches: Iterator[Batch], count: int, seed: int, step: int, device: torch.device) -> list[Batch]:
-    """Return the batches of the next step. A data set that draws from torch's default generator is keyed too."""
-    with default_generators_keyed(device, seed, "step", f"data {step}"):
-        return list(itertools.islice(batches, count))
-
-
-def _rows(batch: Batch) -> int:
-    return len(batch["index"])
-
-
 def _scheduler(optimizer: torch.optim.Optimizer, schedule: str, lr: float, steps: int) -> LRScheduler | None:
     if schedule == "one_cycle":
         momentum = bool({"momentum", "betas"} & set(optimizer.defaults))
@@ -417,19 +269,6 @@ def _scheduler(optimizer: torch.optim.Optimizer, schedule: str, lr: float, steps
 
 
 @contextmanager
-def _buffers_restored_on_error(module: nn.Module) -> Iterator[None]:
-    """Keep a batch that is not finite out of running statistics: they change in the forward, before it is noticed."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
-        raise
-
-
-@contextmanager
 def _modes_restored(module: nn.Module) -> Iterator[None]:
     modes = {part: part.training for part in module.modules()}
     try:
@@ -437,63 +276,6 @@ def _modes_restored(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
-
-
-@contextmanager
-def threads_set(threads: int | None) -> Iterator[None]:
-    """Give torch so many threads for a while; None leaves them as they are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def device_of(device: str | torch.device) -> torch.device:
-    """Return a device that can be used, ``auto`` as CUDA where there is one, or raise a TrainingError."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise TrainingError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return place
-
-
-def _refuse_infinite(losses: Losses, batch: Batch, dataset: Any, where: str) -> None:
-    if math.isfinite(losses.total.item()):
-        return
-    terms = ", ".join(f"{name} {value.item():g}" for name, value in losses.terms.items())
-    raise TrainingError(
-        f"The loss is not finite at {where} ({terms}); it has not changed the student. {_samples(batch, dataset)}"
-    )
-
-
-def _clip(stepper: torch.optim.Optimizer, clip: float | None, group: list[Batch], dataset: Any, where: str) -> None:
-    """Bound the gradient's norm, and refuse one that is not finite though the loss is."""
-    parameters = [parameter for settings in stepper.param_groups for parameter in settings["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
-    if not math.isfinite(norm.item()):
-        samples = " ".join(_samples(batch, dataset) for batch in group)
-        raise TrainingError(
-            f"The gradient is not finite at {where}, though the loss is; it has not changed the student. {samples}"
-        )
-
-
-def _samples(batch: Batch, dataset: Any) -> str:
-    """Name the samples of a batch: those whose input is not finite, else all."""
-    ids = getattr(dataset, "ids", None)
-    names = [str(index) if ids is None else ids[index] for index in batch["index"].tolist()]
-    good = torch.ones(len(names), dtype=torch.bool)
-    for value in tensors_in(batch):
-        if value.is_floating_point() and value.dim() and len(value) == len(names):
-            good &= torch.isfinite(value).reshape(len(names), -1).all(1)
-    bad = [name for name, finite in zip(names, good.tolist(), strict=True) if not finite]
-    if bad:
-        return f"Samples whose input is not finite: {', '.join(bad)}."
-    return f"The inputs are finite; the samples are: {', '.join(names)}."
 
 
 def _refuse_settings(

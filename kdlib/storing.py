@@ -19,9 +19,9 @@ from kdlib.errors import DataError, KdlibError, TapError, did_you_mean
 from kdlib.featured import Featured
 from kdlib.files import read_tensors
 from kdlib.fingerprints import data_of, settings_of
-from kdlib.fit import LAYOUTS, device_of, threads_set
 from kdlib.interfaces import DataPart, DataParts, SoftLabelSource, Taps
 from kdlib.keyed import default_generators_keyed
+from kdlib.place import LAYOUTS, device_of, threads_set
 from kdlib.recipe import Recipe, System, read
 from kdlib.run import make_data, place_of, read_result
 from kdlib.settings import LIVE

@@ -1,0 +1,261 @@
+"""The training loop, over a state that is whole between two optimizer steps and can start at any batch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from kdlib.batch import tensors_in
+from kdlib.data import CLEAN, Loader
+from kdlib.distiller import Distiller, Losses
+from kdlib.errors import TrainingError
+from kdlib.interfaces import Batch
+from kdlib.keyed import default_generators_keyed
+from kdlib.log import Callback, Event
+from kdlib.place import Place
+from kdlib.worth import Hits
+
+
+@dataclass
+class History:
+    """What a training was: one record an epoch, and the epoch whose weights the student has now."""
+
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    """``epoch``, ``step``, ``lr``, ``seconds``, ``total`` and each term as means over the epoch's rows; with a
+    validation part the same with ``valid_`` before the name."""
+    best: int = -1
+    """The epoch whose weights were kept."""
+    teacher: dict[str, Hits] = field(default_factory=dict)
+    """How often the teacher is right before the first step, (right, rows): of ``training`` and ``validation``,
+    ``through the source`` and ``on the student's input alone``. Empty without a source."""
+    difference: dict[str, float] = field(default_factory=dict)
+    """What the source's ``difference`` says of the training part. Empty where it has none."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.epochs[-1]["step"]) if self.epochs else 0
+
+
+@dataclass
+class Means:
+    """Means of the losses over rows, kept on the device until they are asked for."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, losses: Losses, rows: int) -> None:
+        """Take in the losses of a batch."""
+        for name, value in {**losses.terms, "total": losses.total.detach()}.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * rows
+            self.counts[name] = self.counts.get(name, 0) + rows
+
+    def result(self) -> dict[str, float]:
+        """Return the mean of each term."""
+        return {name: float(value) / self.counts[name] for name, value in self.sums.items()}
+
+
+@dataclass
+class Choice:
+    """The epoch whose weights are kept: that of the lowest validation loss, or the last."""
+
+    keep: bool
+    patience: int | None
+    best: int = -1
+    lowest: float = math.inf
+    weights: dict[str, Tensor] | None = None
+
+    def see(self, epoch: int, loss: float | None, distiller: Distiller) -> None:
+        """Note an epoch's validation loss."""
+        if loss is not None and loss < self.lowest:
+            self.lowest, self.best = loss, epoch
+            if self.keep:
+                self.weights = {name: value.detach().clone() for name, value in distiller.state_dict().items()}
+
+    def out_of_patience(self, last: int) -> bool:
+        """Return whether it is too long ago at the last epoch that it got better."""
+        return self.patience is not None and last - self.best >= self.patience
+
+    def take(self, distiller: Distiller, last: int) -> int:
+        """Give the distiller the chosen weights, and return their epoch."""
+        if self.weights is None:
+            return last
+        distiller.load_state_dict(self.weights)
+        return self.best
+
+
+@dataclass
+class Training:
+    """A training as it stands: what is trained, how, and how far it has come.
+
+    Between two calls of ``take_step`` and ``end_epoch`` it is whole, and ``run`` goes on from there.
+    """
+
+    distiller: Distiller
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None
+    train: Loader
+    valid: Loader | None
+    place: Place
+    choice: Choice
+    epochs: int
+    seed: int
+    accumulate: int
+    clip: float | None
+
+    history: History = field(default_factory=History)
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """The epoch at work."""
+    batch: int = 0
+    """Batches of it done."""
+    means: Means = field(default_factory=Means)
+    """Of the epoch at work so far."""
+    seconds: float = 0.0
+    """What the epoch at work has taken so far."""
+    last: tuple[Losses, float] | None = None
+    """The losses of the last batch, and the learning rate of its step."""
+
+    @property
+    def over(self) -> bool:
+        """Whether there is no step left to take."""
+        return self.epoch >= self.epochs or self.choice.out_of_patience(self.epoch - 1)
+
+    def run(self, tell: Callback) -> None:
+        """Train to the end, and give the distiller the chosen weights."""
+        while not self.over:
+            self.distiller.train()
+            batches = self.train.epoch(self.epoch, start=self.batch)
+            while self.take_step(batches, tell):
+                pass
+            self.end_epoch(tell)
+        self.history.best = self.choice.take(self.distiller, self.epoch - 1)
+
+    def take_step(self, batches: Iterator[Batch], tell: Callback) -> bool:
+        """Take one optimizer step on the next batches of the epoch, and return whether there were any."""
+        started = time.perf_counter()
+        group = self._fetched(batches)
+        if not group:
+            return False
+        self.optimizer.zero_grad()
+        where = f"step {self.step}, epoch {self.epoch}"
+        with self._keyed(self.step), _buffers_restored_on_error(self.distiller.student):
+            losses = self._gradients(group, where)
+            self._clip(group, where)
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        now = {"lr": rate, **self.distiller.in_force(self.epoch)}
+        self.optimizer.step()
+        self.distiller.advance()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.step += 1
+        self.batch += len(group)
+        self.last = losses, rate
+        tell(Event("step", self.step, self.epoch, losses, self.distiller, now))
+        self.seconds += time.perf_counter() - started
+        return True
+
+    def end_epoch(self, tell: Callback) -> None:
+        """Validate after the last step of an epoch, note the epoch, and go to the next."""
+        assert self.last is not None
+        losses, rate = self.last
+        started = time.perf_counter()
+        record = {"epoch": self.epoch, "step": self.step, "lr": rate, **self.means.result()}
+        if self.valid is not None:
+            record |= self._validate(self.valid)
+        record["seconds"] = self.seconds + time.perf_counter() - started
+        self.history.epochs.append(record)
+        self.choice.see(self.epoch, record.get("valid_total"), self.distiller)
+        tell(Event("epoch", self.step, self.epoch, losses, self.distiller, record))
+        self.epoch, self.batch, self.means, self.seconds = self.epoch + 1, 0, Means(), 0.0
+
+    def _keyed(self, *key: int | str) -> Any:
+        return default_generators_keyed(self.place.device, self.seed, "step", *key)
+
+    def _fetched(self, batches: Iterator[Batch]) -> list[Batch]:
+        """Return the batches of the next step. A data set that draws from torch's default generator is keyed too."""
+        with self._keyed(f"data {self.step}"):
+            return list(itertools.islice(batches, self.accumulate))
+
+    def _gradients(self, group: list[Batch], where: str) -> Losses:
+        """Add up the gradients of a group of batches, each by its share of the rows, and return the last losses."""
+        rows = sum(_rows(batch) for batch in group)
+        for batch in group:
+            losses = self.place.forward(self.distiller, self.place.batch(batch))
+            _refuse_infinite(losses, batch, self.train.dataset, where)
+            torch.autograd.backward(losses.total * (_rows(batch) / rows))
+            self.means.add(losses, _rows(batch))
+        return Losses(losses.total.detach(), losses.terms)
+
+    def _clip(self, group: list[Batch], where: str) -> None:
+        """Bound the gradient's norm, and refuse one that is not finite though the loss is."""
+        parameters = [parameter for settings in self.optimizer.param_groups for parameter in settings["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf if self.clip is None else self.clip)
+        if not math.isfinite(norm.item()):
+            samples = " ".join(samples_of(batch, self.train.dataset) for batch in group)
+            raise TrainingError(
+                f"The gradient is not finite at {where}, though the loss is; it has not changed the student. {samples}"
+            )
+
+    @torch.no_grad()
+    def _validate(self, loader: Loader) -> dict[str, float]:
+        """Return the mean losses over a part, in eval mode. Its epoch is CLEAN, so each time it is the same data."""
+        self.distiller.eval()
+        means = Means()
+        clock = (int(self.distiller.step), self.epoch)
+        with self._keyed("validate"):
+            for batch in loader.epoch(CLEAN):
+                losses = self.place.forward(self.distiller, {**self.place.batch(batch), "clock": lambda: clock})
+                _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {self.epoch}")
+                means.add(losses, _rows(batch))
+        return {f"valid_{name}": value for name, value in means.result().items()}
+
+
+def samples_of(batch: Batch, dataset: Any) -> str:
+    """Name the samples of a batch: those whose input is not finite, else all."""
+    ids = getattr(dataset, "ids", None)
+    names = [str(index) if ids is None else ids[index] for index in batch["index"].tolist()]
+    good = torch.ones(len(names), dtype=torch.bool)
+    for value in tensors_in(batch):
+        if value.is_floating_point() and value.dim() and len(value) == len(names):
+            good &= torch.isfinite(value).reshape(len(names), -1).all(1)
+    bad = [name for name, finite in zip(names, good.tolist(), strict=True) if not finite]
+    if bad:
+        return f"Samples whose input is not finite: {', '.join(bad)}."
+    return f"The inputs are finite; the samples are: {', '.join(names)}."
+
+
+def _rows(batch: Batch) -> int:
+    return len(batch["index"])
+
+
+def _refuse_infinite(losses: Losses, batch: Batch, dataset: Any, where: str) -> None:
+    if math.isfinite(losses.total.item()):
+        return
+    terms = ", ".join(f"{name} {value.item():g}" for name, value in losses.terms.items())
+    raise TrainingError(
+        f"The loss is not finite at {where} ({terms}); it has not changed the student. {samples_of(batch, dataset)}"
+    )
+
+
+@contextmanager
+def _buffers_restored_on_error(module: nn.Module) -> Iterator[None]:
+    """Keep a batch that is not finite out of running statistics: they change in the forward, before it is noticed."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        raise
