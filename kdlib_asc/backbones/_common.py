@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
@@ -14,18 +16,20 @@ SLOPE = 0.3
 """Slope of every LeakyReLU: Keras' default, and the paper used Keras."""
 
 
-def scaled(channels: int, width: float) -> int:
-    """Return ``channels * width``, rounded, at least 4.
+def scaled(channels: int, width: float, multiple: int = 1) -> int:
+    """Return ``channels * width``, rounded to a multiple, at least 4.
 
     Raises:
         KdlibError: the width is not above 0.
 
     >>> scaled(30, 1.0), scaled(30, 0.25), scaled(30, 0.01)
     (30, 8, 4)
+    >>> scaled(30, 1.0, 32), scaled(30, 0.01, 32)
+    (32, 32)
     """
     if not width > 0:
         raise KdlibError(f"width is a factor on the numbers of channels and must be above 0, got {width}.")
-    return max(4, round(channels * width))
+    return multiple * max(math.ceil(4 / multiple), round(channels * width / multiple))
 
 
 def check_input(network: str, x: Tensor, channels: int, *axes: str) -> None:
