@@ -1,11 +1,16 @@
-"""What both networks share: the width setting, the check of an input, and the end from pooled frames to taps."""
+"""What both networks share: the width setting, the check of an input, running the blocks, and the end to taps."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
+from torch.utils.checkpoint import checkpoint
 
 from kdlib import BatchError, KdlibError
 
@@ -51,6 +56,41 @@ def check_input(network: str, x: Tensor, channels: int, *axes: str) -> None:
         raise BatchError(f"{wanted}; this input has {x.shape[1]} channels: {tuple(x.shape)}.")
     if 0 in x.shape:
         raise BatchError(f"{wanted}; this input is empty: {tuple(x.shape)}.")
+
+
+def through(blocks: Iterable[nn.Module], x: Tensor, *, checkpoint_activations: bool) -> Tensor:
+    """Return what the blocks, one after the other, make of ``x``.
+
+    Args:
+        blocks: each takes and returns one tensor.
+        x: the input of the first.
+        checkpoint_activations: keep for the backward what goes into each block and nothing inside of it, and compute
+            that again there.
+    """
+    for block in blocks:
+        if checkpoint_activations and torch.is_grad_enabled():
+            x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_contexts, block))
+        else:
+            x = block(x)
+    return x
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return what a block runs in: in the forward, and when it computes again."""
+    return nullcontext(), _again(block)
+
+
+@contextmanager
+def _again(block: nn.Module) -> Iterator[None]:
+    """Let a block compute again what it has computed: its running statistics have seen the batch and stay."""
+    buffers = [(module, name, buffer) for module in block.modules() for name, buffer in module.named_buffers("", False)]
+    for module, name, buffer in buffers:  # writing a buffer back would count as a change of what the backward needs
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
 
 
 def end(pooled: Tensor, dense1: nn.Module, output: nn.Module, *, activate: bool) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from kdlib_asc.backbones._common import EMBEDDING, SLOPE, check_input, end, scaled
+from kdlib_asc.backbones._common import EMBEDDING, SLOPE, check_input, end, scaled, through
 from kdlib_asc.junctions import Junction
 
 STRIDE = 12
@@ -91,6 +91,8 @@ class SpectrogramCNNGRU(nn.Module):
         gru: False for the CNN of the first training step.
         multiple: round channels and the GRU's size to multiples of this (ours): with 32 Table 3's 30, 60, 120 and 240
             channels are 32, 64, 128 and 256, whose sums fill a processor's registers.
+        checkpoint_activations: in training keep only what goes into each row from conv1 to res4 and compute the rest
+            again in the backward: about 0.6 of the memory for 1.2 to 1.4 times the time, and the same results.
 
     Raises:
         BatchError: the input has another number of axes or channels, or an empty axis.
@@ -119,6 +121,7 @@ class SpectrogramCNNGRU(nn.Module):
         activate_embedding: bool = False,
         gru: bool = True,
         multiple: Annotated[int, Field(ge=1)] = 1,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
         self.classes = classes
@@ -127,6 +130,7 @@ class SpectrogramCNNGRU(nn.Module):
         self.activate_embedding = activate_embedding
         self.gru = gru
         self.multiple = multiple
+        self.checkpoint_activations = checkpoint_activations
         c1, c2, c3, c4 = (scaled(size, width, multiple) for size in (30, 60, 120, 240))
         self.conv1 = nn.Sequential(nn.Conv2d(channels, c1, 7, padding=3), nn.BatchNorm2d(c1), nn.LeakyReLU(SLOPE))
         self.res1 = SpectrogramBlock(c1, c1, stride=1)
@@ -148,9 +152,8 @@ class SpectrogramCNNGRU(nn.Module):
         The first half of D is the mean over frequency, the second half the maximum.
         """
         check_input("SpectrogramCNNGRU", x, self.channels, "frames", "coefficients")
-        x = self.conv1(x)
-        for block in (self.res1, self.res2, self.res3, self.res4):
-            x = block(x)
+        rows = (self.conv1, self.res1, self.res2, self.res3, self.res4)
+        x = through(rows, x, checkpoint_activations=self.checkpoint_activations)
         return torch.cat((x.mean(dim=-1), x.amax(dim=-1)), dim=1).transpose(1, 2)
 
     def head(self, frames: Tensor) -> dict[str, Tensor]:

@@ -321,7 +321,15 @@ def test_every_parameter_gets_a_gradient_in_training_mode(network):
 def test_every_setting_is_keyword_only_an_attribute_and_validated(network):
     parameters = {name: p for name, p in inspect.signature(network).parameters.items() if name != "self"}
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
-    given = {"classes": 3, "channels": 1, "width": 0.5, "activate_embedding": True, "gru": False, "multiple": 8}
+    given = {
+        "classes": 3,
+        "channels": 1,
+        "width": 0.5,
+        "activate_embedding": True,
+        "gru": False,
+        "multiple": 8,
+        "checkpoint_activations": True,
+    }
     given = {name: given[name] for name in parameters}
     model = network(**given)
     assert {name: getattr(model, name) for name in parameters} == given
