@@ -163,7 +163,7 @@ def _checked(path: Path) -> dict[str, str]:
         while piece := file.read(1 << 20):
             digest.update(piece)
     if digest.hexdigest() != stated:
-        raise KdlibError(f"{path}: damaged: it is not what was written, by its checksum. Make it anew, or copy it again.")
+        raise KdlibError(f"{path}: damaged: it and its checksum do not agree. Make it anew, or copy it again.")
     return {name: text for name, text in notes.items() if name not in WRITER}
 
 

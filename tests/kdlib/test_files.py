@@ -260,8 +260,8 @@ def test_each_bit_of_the_notes_that_tell_of_a_checksum_is_noticed(tmp_path, good
 
 def test_the_bytes_of_a_file_are_a_function_of_what_is_in_it(tmp_path):
     notes = {name: name for name in "gfedcba"}
-    code = f"from kdlib.files import *; import torch; write_tensors(Path({str(tmp_path / 'b')!r}), {{'x': torch.ones(3)}}, {notes})"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = f"from kdlib.files import *; import torch; write_tensors(Path('b'), {{'x': torch.ones(3)}}, {notes})"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     write_tensors(tmp_path / "a", {"x": torch.ones(3)}, notes)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
