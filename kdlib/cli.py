@@ -113,20 +113,23 @@ def predict_command(
     """Classify files with the students of a finished run: class and highest scores of each."""
     from kdlib.predict import predict
     from kdlib.progress import track
+    from kdlib.survey import listed, reason_of
 
     _register(plugins)
-    bad = []
+    bad = {}
     found = predict(run, files, fold=fold, system=system, changes=changes)
     for file, scores in track(found, "files", len(files)):
         if isinstance(scores, KdlibError):
-            bad.append(str(scores))
+            bad[str(file)] = reason_of(str(file), scores)
         elif as_json:
             typer.echo(json.dumps({"file": str(file), "class": next(iter(scores)), "scores": scores}))
         else:
             best = ", ".join(f"{name} {value:.3g}" for name, value in list(scores.items())[:3])
             _print(f"{file}: {next(iter(scores))}  ({best}{', ...' if len(scores) > 3 else ''})")
+    if len(bad) == 1:
+        raise KdlibError("".join(f"{file}: {reason}" for file, reason in bad.items()))
     if bad:
-        raise KdlibError("\n".join(bad))
+        raise KdlibError("\n".join([f"{len(bad)} of {len(files)} files cannot be read:", *listed(bad)]))
 
 
 @app.command("figures")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdlib.batch import NamedBatch, NamedTaps, call
 from kdlib.errors import KdlibError, TapError
 from kdlib.interfaces import Batch, DistillPoint, SoftLabelSource, Taps
-from kdlib.report import Report, inspect
+from kdlib.report import Report, inspect, not_in
 from kdlib.schedules import Schedule, Value, value_at, value_in
 from kdlib.taps import Frozen, checked_taps, teachers_in
 
@@ -107,6 +107,7 @@ class Distiller(nn.Module):
         self._prepared = False
         self._optimizers: list[torch.optim.Optimizer] = []
         self._hook: Any = None
+        self._complete = False
 
     @property
     def points(self) -> dict[str, DistillPoint]:
@@ -174,11 +175,18 @@ class Distiller(nn.Module):
         """Have the optimizer's ``step`` call :meth:`advance`, and return the optimizer.
 
         With several optimizers attach them in the order of their steps: the clock moves with the last one's.
+
+        Raises:
+            KdlibError: from the first ``step``, before it changes anything: the attached optimizers lack parameters of
+                a projector, which would stay as it was made.
         """
         if self._hook is not None:
             self._hook.remove()
         self._hook = optimizer.register_step_post_hook(_Advance(self))
-        self._optimizers.append(optimizer)
+        if not any(optimizer is other for other in self._optimizers):
+            optimizer.register_step_pre_hook(_Complete(self))
+            self._optimizers.append(optimizer)
+        self._complete = False
         return optimizer
 
     def check(self, batch: Batch) -> Report:
@@ -191,6 +199,16 @@ class Distiller(nn.Module):
         weighted = {name: (self.weights[name], point) for name, point in self._points.items()}
         with untouched(self, *(teacher.model for teacher in teachers_in(self.source))):
             return inspect(self.student, self.source, weighted, self.projectors, timed, self._optimizers)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        made = {f"{prefix}projectors.{name}" for name in self.projectors.state_dict()}
+        strange = [key for key in state_dict if key.startswith(f"{prefix}projectors.") and key not in made]
+        if strange and not self._prepared and any(hasattr(point, "prepare") for point in self._points.values()):
+            raise KdlibError(
+                f"There is no '{strange[0]}' yet to load into: call prepare(batch) before load_state_dict, which makes "
+                "the projectors by the shapes of a batch."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _both(self, batch: Batch) -> tuple[Taps, Taps]:
         batch = NamedBatch(batch)
@@ -246,6 +264,23 @@ class _blamed:
             raise type(error)(f"{where[0].upper()}{where[1:]}: {error}") from error
         if error is not None:
             error.add_note(f"in {where}")
+
+
+class _Complete:
+    """Looks before the first step, when all optimizers are attached, whether they train all projectors."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        self.distiller = distiller
+
+    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not self.distiller._complete:
+            lacking = not_in(self.distiller._optimizers, self.distiller.projectors)
+            if lacking:
+                raise KdlibError(
+                    f"The optimizer lacks {len(lacking)} parameters of projectors: {', '.join(lacking[:4])}. Make it "
+                    "of distiller.parameters(), after prepare(batch)."
+                )
+            self.distiller._complete = True
 
 
 class _Advance:
