@@ -116,6 +116,7 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """Return the losses of a batch, a mapping with ``x`` and what the points and the source need."""
+        batch = self._timed(batch)
         return self.losses(*self._both(batch), batch)
 
     def losses(self, student: Taps, teacher: Taps, batch: Batch) -> Losses:
@@ -124,10 +125,12 @@ class Distiller(nn.Module):
         total: Tensor | None = None
         terms: dict[str, Tensor] = {}
         for name, point in self._points.items():
-            weight = value_in(self.weights[name], batch, f"weight of {name}")
+            weight = self.weights[name]
+            if callable(weight):
+                weight = value_in(weight, batch, f"weight of {name}")
             if weight == 0:
                 continue
-            with _blamed(f"point '{name}'", point):
+            with _blamed("point", point, name):
                 loss = point(student, teacher, batch)
             if not isinstance(loss, Tensor) or loss.dim() != 0:
                 shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -157,17 +160,18 @@ class Distiller(nn.Module):
         if wanting and not self._prepared:
             with untouched(self):
                 self.eval()
+                batch = self._timed(batch)
                 with torch.no_grad():
                     student, teacher = self._both(batch)
                 for name, point in wanting.items():
-                    with _blamed(f"point '{name}'", point):
-                        point.prepare(NamedTaps(student, "student"), NamedTaps(teacher, "teacher"), self._timed(batch))
+                    with _blamed("point", point, name):
+                        point.prepare(NamedTaps(student, "student"), NamedTaps(teacher, "teacher"), batch)
             self._prepared = True
         return self
 
     def advance(self) -> None:
         """Move the clock by one step and let source and points update their state. Call after each optimizer step."""
-        self.step += 1
+        self.step.add_(1)
         for part in self._advancing:
             part.advance(self.student)
 
@@ -210,8 +214,7 @@ class Distiller(nn.Module):
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _both(self, batch: Batch) -> tuple[Taps, Taps]:
-        batch = NamedBatch(batch)
+    def _both(self, batch: NamedBatch) -> tuple[Taps, Taps]:
         teacher: Taps = {}
         if self.source is not None:
             with _blamed("source", self.source):
@@ -220,6 +223,8 @@ class Distiller(nn.Module):
 
     def _timed(self, batch: Batch) -> NamedBatch:
         """Return the batch with a clock: a function, since only schedules want to know the time."""
+        if isinstance(batch, NamedBatch) and "clock" in batch:
+            return batch
         timed = NamedBatch(batch)
         if "clock" not in batch:  # in validation the clock is not the data's
             timed["clock"] = partial(self._clock, batch)
@@ -251,19 +256,22 @@ def _attributes(point: Any) -> dict[str, Any]:
 class _blamed:
     """Say in an error which point or source it comes from."""
 
-    def __init__(self, role: str, part: object) -> None:
+    def __init__(self, role: str, part: object, name: str = "") -> None:
         self.role = role
         self.part = part
+        self.name = name
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        where = f"{self.role} ({type(self.part).__name__})"
+        if error is None:
+            return
+        named = f" '{self.name}'" if self.name else ""
+        where = f"{self.role}{named} ({type(self.part).__name__})"
         if isinstance(error, KdlibError):
             raise type(error)(f"{where[0].upper()}{where[1:]}: {error}") from error
-        if error is not None:
-            error.add_note(f"in {where}")
+        error.add_note(f"in {where}")
 
 
 class _Complete:

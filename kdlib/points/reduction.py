@@ -40,7 +40,7 @@ def rows_of(logits: Tensor, dim: int, mask: Tensor | None) -> Tensor:
 
     What the mask leaves out may be anything, NaN too: it reaches neither the loss nor a gradient.
     """
-    rows = widened(logits.movedim(dim, -1))
+    rows = widened(logits if dim == -1 else logits.movedim(dim, -1))
     if mask is None:
         return rows
     if mask.shape != rows.shape[:-1]:
