@@ -68,7 +68,7 @@ def table(records: dict[tuple[str, str, int], dict[str, Any]]) -> str:
             gaps = [low - high for low, high in zip(short, plain, strict=True)]
             half = student_t.ppf(0.95, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
             mean = statistics.mean(gaps)
-            inside = -MARGIN < mean - half and mean + half < MARGIN
+            inside = mean - half > -MARGIN and mean + half < MARGIN
             verdict = f"inside ±{MARGIN:g}" if inside else "cannot be told"
             lines.append(
                 f"| {system} | {role} | {statistics.mean(plain):.1f} | {statistics.mean(short):.1f} | {mean:+.2f} | "
