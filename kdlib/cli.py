@@ -263,6 +263,18 @@ def plugins_command(
         _print(f"broken: {name}: {reason}")
 
 
+@app.command("new-plugin")
+def new_plugin_command(
+    name: Annotated[str, typer.Argument(help="The package's name, for example kdlib-my-loss.")],
+    parent: Annotated[Path, typer.Option(help="Where its folder is made.")] = Path(),
+) -> None:
+    """Write a plugin package with one point, its test and its CI, to start your own from."""
+    from kdlib.scaffold import new_plugin
+
+    folder = new_plugin(name, parent)
+    _print(f"Everything is in {folder}. Next: cd {folder} && pip install -e '.[test]' && pytest")
+
+
 @app.command("schema")
 def schema_command(plugins: Modules = None) -> None:
     """Print the JSON schema of recipes over everything that is registered."""

@@ -134,8 +134,9 @@ class _EpochBatches(Sampler[list[tuple[int, int]]]):
 class Loader:
     """Batches of a data part, epoch by epoch, in the order that :func:`kdlib.fit` uses.
 
-    Every ``for`` over it is the next epoch, from 0; :meth:`epoch` asks for a certain one. Random state outside is
-    neither used nor changed.
+    Every ``for`` over it is the next epoch, from 0; :meth:`epoch` asks for a certain one. An iterator that was not
+    drawn from counts as none: trainers make one to see whether they can. Random state outside is neither used nor
+    changed.
 
     Args:
         dataset: a data part, or any map-style data set of ``(x, y)`` pairs or mappings.
@@ -186,10 +187,13 @@ class Loader:
         return self.epoch(self._next)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Return the batches of one epoch."""
+        """Return the batches of one epoch; the next ``for`` over the loader goes on from there."""
+        self._next = self._batches.epoch = epoch
+        return self._counted(epoch, _raising(iter(self._loader)))
+
+    def _counted(self, epoch: int, batches: Iterator[Batch]) -> Iterator[Batch]:
         self._next = epoch + 1
-        self._batches.epoch = epoch
-        return _raising(iter(self._loader))
+        yield from batches
 
 
 class _Telling(Dataset[Any]):
