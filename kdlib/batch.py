@@ -102,8 +102,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def call(model: Any, x: Any) -> Any:
     """Call a model with what a batch holds under ``x``: a tensor, or a tuple or mapping of arguments."""
+    if isinstance(x, Tensor):
+        return model(x)
     if isinstance(x, Mapping):
         return model(**x)
-    if isinstance(x, tuple | list):
-        return model(*x)
-    return model(x)
+    return model(*x) if isinstance(x, tuple | list) else model(x)

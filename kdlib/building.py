@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,14 +99,14 @@ def load_weights(model: nn.Module, path: Path, classes: Sequence[str] | None = N
 
 @contextmanager
 def named(*involved: Part | None) -> Iterator[None]:
-    """Say in an exception which plugins were at work."""
+    """Say in an exception which of the plugins it went through, or else which were at work."""
     try:
         yield
-    except KdlibError:
-        raise
     except Exception as error:
-        kinds = {
-            f"{part.plugin.kind} '{part.plugin.name}' of plugin '{part.plugin.package}'" for part in involved if part
-        }
-        error.add_note(f"at work: {', '.join(sorted(kinds))}")
+        plugins = [part.plugin for part in involved if part]
+        modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        met = [plugin for plugin in plugins if getattr(plugin.build, "__module__", None) in modules]
+        if met or not isinstance(error, KdlibError):
+            labels = sorted({plugin.label for plugin in met or plugins})
+            error.add_note(f"{'in' if met else 'at work:'} {'; '.join(labels)}")
         raise

@@ -113,20 +113,23 @@ def predict_command(
     """Classify files with the students of a finished run: class and highest scores of each."""
     from kdlib.predict import predict
     from kdlib.progress import track
+    from kdlib.survey import listed, reason_of
 
     _register(plugins)
-    bad = []
+    bad = {}
     found = predict(run, files, fold=fold, system=system, changes=changes)
     for file, scores in track(found, "files", len(files)):
         if isinstance(scores, KdlibError):
-            bad.append(str(scores))
+            bad[str(file)] = reason_of(str(file), scores)
         elif as_json:
             typer.echo(json.dumps({"file": str(file), "class": next(iter(scores)), "scores": scores}))
         else:
             best = ", ".join(f"{name} {value:.3g}" for name, value in list(scores.items())[:3])
             _print(f"{file}: {next(iter(scores))}  ({best}{', ...' if len(scores) > 3 else ''})")
+    if len(bad) == 1:
+        raise KdlibError("".join(f"{file}: {reason}" for file, reason in bad.items()))
     if bad:
-        raise KdlibError("\n".join(bad))
+        raise KdlibError("\n".join([f"{len(bad)} of {len(files)} files cannot be read:", *listed(bad)]))
 
 
 @app.command("figures")
@@ -258,6 +261,18 @@ def plugins_command(
         _print(f"clash: the {kind} '{name}' is claimed by {' and '.join(packages)}; neither is used")
     for name, reason in known.broken.items():
         _print(f"broken: {name}: {reason}")
+
+
+@app.command("new-plugin")
+def new_plugin_command(
+    name: Annotated[str, typer.Argument(help="The package's name, for example kdlib-my-loss.")],
+    parent: Annotated[Path, typer.Option(help="Where its folder is made.")] = Path(),
+) -> None:
+    """Write a plugin package with one point, its test and its CI, to start your own from."""
+    from kdlib.scaffold import new_plugin
+
+    folder = new_plugin(name, parent)
+    _print(f"Everything is in {folder}. Next: cd {folder} && pip install -e '.[test]' && pytest")
 
 
 @app.command("schema")

@@ -136,8 +136,9 @@ class _EpochBatches(Sampler[list[tuple[int, int]]]):
 class Loader:
     """Batches of a data part, epoch by epoch, in the order that :func:`kdlib.fit` uses.
 
-    Every ``for`` over it is the next epoch, from 0; :meth:`epoch` asks for a certain one. Random state outside is
-    neither used nor changed.
+    Every ``for`` over it is the next epoch, from 0; :meth:`epoch` asks for a certain one. An iterator that was not
+    drawn from counts as none: trainers make one to see whether they can. Random state outside is neither used nor
+    changed.
 
     Args:
         dataset: a data part, or any map-style data set of ``(x, y)`` pairs or mappings.
@@ -188,10 +189,19 @@ class Loader:
         return self.epoch(self._next)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """Return the batches of one epoch from the batch ``start`` on; those before it are not loaded."""
+        """Return the batches of one epoch; the next ``for`` over the loader goes on from there.
+
+        Args:
+            epoch: which.
+            start: the batch to begin with; those before it are not loaded.
+        """
+        self._next = self._batches.epoch = epoch
+        self._batches.start = start
+        return self._counted(epoch, _raising(iter(self._loader)))
+
+    def _counted(self, epoch: int, batches: Iterator[Batch]) -> Iterator[Batch]:
         self._next = epoch + 1
-        self._batches.epoch, self._batches.start = epoch, start
-        return _raising(iter(self._loader))
+        yield from batches
 
 
 class _Telling(Dataset[Any]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdlib.batch import NamedBatch, NamedTaps, call
 from kdlib.errors import KdlibError, TapError
 from kdlib.interfaces import Batch, DistillPoint, SoftLabelSource, Taps
-from kdlib.report import Report, inspect
+from kdlib.report import Report, inspect, not_in
 from kdlib.schedules import Schedule, Value, value_at, value_in
 from kdlib.taps import Frozen, checked_taps, teachers_in
 
@@ -107,6 +107,7 @@ class Distiller(nn.Module):
         self._prepared = False
         self._optimizers: list[torch.optim.Optimizer] = []
         self._hook: Any = None
+        self._complete = False
 
     @property
     def points(self) -> dict[str, DistillPoint]:
@@ -115,6 +116,7 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """Return the losses of a batch, a mapping with ``x`` and what the points and the source need."""
+        batch = self._timed(batch)
         return self.losses(*self._both(batch), batch)
 
     def losses(self, student: Taps, teacher: Taps, batch: Batch) -> Losses:
@@ -123,10 +125,12 @@ class Distiller(nn.Module):
         total: Tensor | None = None
         terms: dict[str, Tensor] = {}
         for name, point in self._points.items():
-            weight = value_in(self.weights[name], batch, f"weight of {name}")
+            weight = self.weights[name]
+            if callable(weight):
+                weight = value_in(weight, batch, f"weight of {name}")
             if weight == 0:
                 continue
-            with _blamed(f"point '{name}'", point):
+            with _blamed("point", point, name):
                 loss = point(student, teacher, batch)
             if not isinstance(loss, Tensor) or loss.dim() != 0:
                 shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -156,17 +160,18 @@ class Distiller(nn.Module):
         if wanting and not self._prepared:
             with untouched(self):
                 self.eval()
+                batch = self._timed(batch)
                 with torch.no_grad():
                     student, teacher = self._both(batch)
                 for name, point in wanting.items():
-                    with _blamed(f"point '{name}'", point):
-                        point.prepare(NamedTaps(student, "student"), NamedTaps(teacher, "teacher"), self._timed(batch))
+                    with _blamed("point", point, name):
+                        point.prepare(NamedTaps(student, "student"), NamedTaps(teacher, "teacher"), batch)
             self._prepared = True
         return self
 
     def advance(self) -> None:
         """Move the clock by one step and let source and points update their state. Call after each optimizer step."""
-        self.step += 1
+        self.step.add_(1)
         for part in self._advancing:
             part.advance(self.student)
 
@@ -174,11 +179,18 @@ class Distiller(nn.Module):
         """Have the optimizer's ``step`` call :meth:`advance`, and return the optimizer.
 
         With several optimizers attach them in the order of their steps: the clock moves with the last one's.
+
+        Raises:
+            KdlibError: from the first ``step``, before it changes anything: the attached optimizers lack parameters of
+                a projector, which would stay as it was made.
         """
         if self._hook is not None:
             self._hook.remove()
         self._hook = optimizer.register_step_post_hook(_Advance(self))
-        self._optimizers.append(optimizer)
+        if not any(optimizer is other for other in self._optimizers):
+            optimizer.register_step_pre_hook(_Complete(self))
+            self._optimizers.append(optimizer)
+        self._complete = False
         return optimizer
 
     def check(self, batch: Batch) -> Report:
@@ -192,8 +204,17 @@ class Distiller(nn.Module):
         with untouched(self, *(teacher.model for teacher in teachers_in(self.source))):
             return inspect(self.student, self.source, weighted, self.projectors, timed, self._optimizers)
 
-    def _both(self, batch: Batch) -> tuple[Taps, Taps]:
-        batch = NamedBatch(batch)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        made = {f"{prefix}projectors.{name}" for name in self.projectors.state_dict()}
+        strange = [key for key in state_dict if key.startswith(f"{prefix}projectors.") and key not in made]
+        if strange and not self._prepared and any(hasattr(point, "prepare") for point in self._points.values()):
+            raise KdlibError(
+                f"There is no '{strange[0]}' yet to load into: call prepare(batch) before load_state_dict, which makes "
+                "the projectors by the shapes of a batch."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _both(self, batch: NamedBatch) -> tuple[Taps, Taps]:
         teacher: Taps = {}
         if self.source is not None:
             with _blamed("source", self.source):
@@ -202,6 +223,8 @@ class Distiller(nn.Module):
 
     def _timed(self, batch: Batch) -> NamedBatch:
         """Return the batch with a clock: a function, since only schedules want to know the time."""
+        if isinstance(batch, NamedBatch) and "clock" in batch:
+            return batch
         timed = NamedBatch(batch)
         if "clock" not in batch:  # in validation the clock is not the data's
             timed["clock"] = partial(self._clock, batch)
@@ -233,19 +256,39 @@ def _attributes(point: Any) -> dict[str, Any]:
 class _blamed:
     """Say in an error which point or source it comes from."""
 
-    def __init__(self, role: str, part: object) -> None:
+    def __init__(self, role: str, part: object, name: str = "") -> None:
         self.role = role
         self.part = part
+        self.name = name
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        where = f"{self.role} ({type(self.part).__name__})"
+        if error is None:
+            return
+        named = f" '{self.name}'" if self.name else ""
+        where = f"{self.role}{named} ({type(self.part).__name__})"
         if isinstance(error, KdlibError):
             raise type(error)(f"{where[0].upper()}{where[1:]}: {error}") from error
-        if error is not None:
-            error.add_note(f"in {where}")
+        error.add_note(f"in {where}")
+
+
+class _Complete:
+    """Looks before the first step, when all optimizers are attached, whether they train all projectors."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        self.distiller = distiller
+
+    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not self.distiller._complete:
+            lacking = not_in(self.distiller._optimizers, self.distiller.projectors)
+            if lacking:
+                raise KdlibError(
+                    f"The optimizer lacks {len(lacking)} parameters of projectors: {', '.join(lacking[:4])}. Make it "
+                    "of distiller.parameters(), after prepare(batch)."
+                )
+            self.distiller._complete = True
 
 
 class _Advance:

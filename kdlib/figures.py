@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -87,7 +88,8 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
     with _style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font lacks shows as boxes
-        write_atomically(path, lambda beside: figure.savefig(beside, format="png"))
+        figure.savefig(drawn := io.BytesIO(), format="png")
+    write_atomically(path, drawn.getvalue())
 
 
 def draw(folder: Path, result: Mapping[str, Any]) -> None:

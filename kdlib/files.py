@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
+import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,35 @@ from kdlib.errors import KdlibError
 
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 """This machine in the names of temporary files: processes of two machines may have one number."""
+CHECKSUM = "kdlib_sha256"
+"""The note of a safetensors file that holds the sha256 of the file, taken with this in its place."""
+BLANK = "0" * 64
+WRITER = {"written_by": "kdlib"}
+"""A second note, so that a file whose first is damaged does not pass for one of another program."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder where it is missing, and see that files can be made in it.
+
+    Raises:
+        KdlibError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KdlibError(f"{folder}: cannot be made: {error.strerror}.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise KdlibError(f"{folder}: no files can be made there; it is read-only, or somebody else's.")
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Refuse to begin what will not fit on the disk (KdlibError)."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise KdlibError(f"{folder}: {size:,} bytes will be written, and {free:,} are free there.")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
     """Write beside the path, flush to disk, and rename over it.
 
     Raises:
@@ -31,8 +59,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     beside = path.with_name(f".{path.name}.{HOST}.{os.getpid()}")
     try:
-        write(beside)
-        with beside.open("rb") as file:
+        beside.unlink(missing_ok=True)  # left by a killed process of this number, or a link that leads elsewhere
+        with beside.open("xb") as file:
+            file.write(data)
+            file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
@@ -41,7 +71,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise KdlibError(f"{path}: cannot be written: {error.strerror or error}.") from error
+        raise KdlibError(f"{path}: {len(data):,} bytes cannot be written: {error.strerror or error}.") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -67,52 +97,74 @@ def _runs(process: int) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
-    """Write tensors as safetensors, with metadata as JSON strings."""
+    """Write tensors as safetensors, with metadata as JSON strings and a checksum among them."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}  # shared ones too
-    notes = {name: json.dumps(value) for name, value in (metadata or {}).items()}
-    write_atomically(path, lambda beside: beside.write_bytes(safetensors.torch.save(plain, notes or None)))
+    write_atomically(path, _with_checksum(safetensors.torch.save(plain), metadata or {}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the metadata of a safetensors file.
+    """Return the tensors and the metadata of a safetensors file, after a look at its checksum if it has one.
 
     Raises:
         KdlibError: there is no such file, or it is damaged.
     """
-    try:
-        tensors = safetensors.torch.load_file(path)
-        with safetensors.safe_open(path, framework="pt") as file:
-            notes = file.metadata() or {}
-    except FileNotFoundError:
-        raise KdlibError(f"{path}: there is no such file.") from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise KdlibError(f"{path}: not a readable safetensors file: {error}.") from None
-    return tensors, {name: _parsed(text) for name, text in notes.items()}
+    notes = _checked(path)
+    return safetensors.torch.load_file(path), {name: _parsed(text) for name, text in notes.items()}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write numpy arrays as safetensors."""
+    """Write numpy arrays as safetensors, with a checksum."""
     plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomically(path, lambda beside: beside.write_bytes(safetensors.numpy.save(plain)))
+    write_atomically(path, _with_checksum(safetensors.numpy.save(plain), {}))
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a safetensors file.
+    """Return the arrays of a safetensors file, after a look at its checksum if it has one.
 
     Raises:
         KdlibError: there is no such file, or it is damaged.
     """
+    _checked(path)
+    return safetensors.numpy.load_file(path)
+
+
+def _with_checksum(data: bytes, metadata: Mapping[str, Any]) -> bytes:
+    """Return a safetensors file with metadata, in their order (the library's is any), and its checksum before them."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    notes = {CHECKSUM: BLANK, **WRITER, **{name: json.dumps(value) for name, value in metadata.items()}}
+    header = json.dumps({"__metadata__": notes, **json.loads(data[8:start])}).encode()
+    header += b" " * (-len(header) % 8)
+    blank = len(header).to_bytes(8, "little") + header + data[start:]
+    return blank.replace(BLANK.encode(), hashlib.sha256(blank).hexdigest().encode(), 1)
+
+
+def _checked(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; refuse one that kdlib wrote and that is not as it was written."""
+    if not path.exists():
+        raise KdlibError(f"{path}: there is no such file.")
+    if not path.is_file():  # a pipe would be waited for
+        raise KdlibError(f"{path}: not a file.")
     try:
-        return safetensors.numpy.load_file(path)
-    except FileNotFoundError:
-        raise KdlibError(f"{path}: there is no such file.") from None
+        with safetensors.safe_open(path, framework="np") as file:
+            notes: dict[str, str] = file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
         raise KdlibError(f"{path}: not a readable safetensors file: {error}.") from None
+    if CHECKSUM not in notes and not WRITER.items() <= notes.items():
+        return notes  # of another program
+    stated = notes.pop(CHECKSUM, "")
+    with path.open("rb") as file:
+        start = int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        digest = hashlib.sha256(file.read(8 + start).replace(stated.encode(), BLANK.encode(), 1))
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    if digest.hexdigest() != stated:
+        raise KdlibError(f"{path}: damaged: it and its checksum do not agree. Make it anew, or copy it again.")
+    return {name: text for name, text in notes.items() if name not in WRITER}
 
 
 def _parsed(text: str) -> Any:

@@ -38,6 +38,11 @@ class Plugin:
     live: tuple[str, ...]
     settings: type[Strict]
 
+    @property
+    def label(self) -> str:
+        """How errors call it: what it is, who brought it, and by which hook."""
+        return f"{self.kind} '{self.name}' of plugin '{self.package}', hook {hooks.HOOKS[self.kind]}"
+
 
 class Registry:
     """Plugins by kind and name.
@@ -139,7 +144,7 @@ class Registry:
         for kind, hook in hooks.HOOKS.items():
             for implementation in getattr(self._manager.hook, hook).get_hookimpls():
                 if implementation.plugin is plugin:
-                    for name, build in _mapping(hook, implementation.function()).items():
+                    for name, build in _brought(hook, implementation.function).items():
                         yield Plugin(kind, name, package, build, *read_signature(kind, name, build))
 
 
@@ -165,7 +170,7 @@ def build(plugin: Plugin, settings: Strict, live: Mapping[str, Any], facts: Mapp
     try:
         return plugin.build(*(live.get(name) for name in plugin.live), **arguments)
     except Exception as error:
-        note = f"in {plugin.kind} '{plugin.name}' of plugin '{plugin.package}' ({at})"
+        note = f"in {plugin.label} ({at})"
         error.add_note(note)
         if isinstance(error, ValueError) and not isinstance(error, KdlibError):
             refusal = RecipeError(f"{at}: {error}")
@@ -200,7 +205,12 @@ def _only(points: list[EntryPoint]) -> Any:
     return points[0].load()
 
 
-def _mapping(hook: str, value: Any) -> Mapping[str, Callable[..., Any]]:
+def _brought(hook: str, function: Callable[[], Any]) -> Mapping[str, Callable[..., Any]]:
+    """Call a plugin's hook, and name it in what it raises."""
+    try:
+        value = function()
+    except Exception as error:
+        raise PluginError(f"{hook}: {_reason(error)}") from error
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise PluginError(f"{hook} returned a {type(value).__name__}, not a mapping from name to class or function")
     return value

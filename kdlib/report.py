@@ -177,10 +177,9 @@ def _check_optimizers(
     if not optimizers:
         report.add("note", "optimizer", "none attached: distiller.attach(optimizer) has it looked at")
         return
-    trained = _in_optimizers(optimizers)
     for side, module in (("student", student), ("projector", projectors)):
-        wanted = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        missing = [name for name, parameter in wanted if id(parameter) not in trained]
+        wanted = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        missing = not_in(optimizers, module)
         if missing:
             mark: Mark = "wrong" if side == "projector" else "note"
             advice = "; make it of distiller.parameters(), after prepare" if side == "projector" else ""
@@ -188,6 +187,12 @@ def _check_optimizers(
             report.add(mark, f"{side} parameters", seen)
         elif wanted:
             report.add("ok", f"{side} parameters", f"all {len(wanted)} in the optimizer")
+
+
+def not_in(optimizers: Sequence[torch.optim.Optimizer], module: nn.Module) -> list[str]:
+    """Return the names of the parameters of a module that ask for gradients and that no optimizer has."""
+    trained = _in_optimizers(optimizers)
+    return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in trained]
 
 
 def _in_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:

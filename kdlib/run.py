@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ import torch
 from kdlib import figures
 from kdlib.building import facts_of
 from kdlib.errors import KdlibError, RecipeError
-from kdlib.files import write_json
+from kdlib.files import write_atomically, write_json
 from kdlib.fusion import Scores, fuse
 from kdlib.interfaces import DataPart, DataParts
 from kdlib.metrics import confusion_matrix, macro_accuracy, wilson_interval
@@ -215,12 +216,12 @@ def _row(system: str, role: str, pooled: Pooled, classes: int) -> dict[str, Any]
 
 
 def _write_predictions(path: Path, pooled: Mapping[tuple[str, str], Pooled], classes: tuple[str, ...]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["system", "role", "fold", "id", "label", "predicted"])
-        for (system, role), of in pooled.items():
-            for row in zip(of.folds, of.ids, of.labels.tolist(), of.predicted.tolist(), strict=True):
-                writer.writerow([system, role, row[0], row[1], classes[row[2]], classes[row[3]]])
+    writer = csv.writer(text := io.StringIO(newline=""))
+    writer.writerow(["system", "role", "fold", "id", "label", "predicted"])
+    for (system, role), of in pooled.items():
+        for row in zip(of.folds, of.ids, of.labels.tolist(), of.predicted.tolist(), strict=True):
+            writer.writerow([system, role, row[0], row[1], classes[row[2]], classes[row[3]]])
+    write_atomically(path, text.getvalue().encode())
 
 
 def _environment() -> dict[str, Any]:

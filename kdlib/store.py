@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdlib.errors import DataError
-from kdlib.files import remove_left_over, write_atomically
+from kdlib.files import make_folder, remove_left_over, require_room, write_atomically
 from kdlib.settings import Strict
 
 MANIFEST = "manifest.json"
@@ -104,6 +104,11 @@ class Store:
         return {**self.__dict__, "_opened": {}}
 
     @property
+    def row_bytes(self) -> int:
+        """How many bytes a row takes."""
+        return sum(length for *_, length in self._forms)
+
+    @property
     def shards(self) -> int:
         """How many shards there are when all are written."""
         return -(-self.manifest.rows // self.manifest.shard_rows)
@@ -136,8 +141,8 @@ class Store:
         data = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
         path = self.path(shard)
         self._opened.pop(shard, None)
-        write_atomically(path, lambda beside: beside.write_bytes(data))
-        write_atomically(_beside(path), lambda beside: beside.write_bytes(_seal(path, data)))
+        write_atomically(path, data)
+        write_atomically(_beside(path), _seal(path, data))
 
     def written(self, shard: int) -> bool:
         """Return whether a shard was written to its end; :meth:`check` says whether it still is what was written."""
@@ -251,14 +256,11 @@ def make_store(
     Raises:
         DataError: the folder holds a store of something else, and the text says what differs. Or its manifest is
             damaged.
-        KdlibError: it cannot be written.
+        KdlibError: it cannot be written, or there is too little room on the disk for what it lacks.
     """
     plain: dict[str, Any] = json.loads(_json({"made_of": dict(made_of), "rows": rows}))
     if not (folder / MANIFEST).exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be made: {error.strerror}.") from None
+        make_folder(folder)
         arrays = dict(sorted(row().items()))
         for name, array in arrays.items():
             if array.dtype.name not in get_args(Dtype):
@@ -268,7 +270,7 @@ def make_store(
         text = Manifest.model_validate({**plain, "shard_rows": size, "arrays": forms}).text().encode()
         if len(text) > LARGEST:
             raise DataError(f"{folder / MANIFEST}: a manifest has at most {LARGEST} bytes, this one {len(text)}.")
-        write_atomically(folder / MANIFEST, lambda beside: beside.write_bytes(text))
+        write_atomically(folder / MANIFEST, text)
     remove_left_over(folder)
     store = Store(folder)
     asked = plain if shard_rows is None else {**plain, "shard_rows": shard_rows}
@@ -277,6 +279,10 @@ def make_store(
         raise DataError(
             f"{folder}: was made of something else. Name another folder, or delete this one.\n{listed(found)}"
         )
+    missing = sum(len(store.span(shard)) for shard in range(store.shards) if not store.written(shard))
+    if missing:  # what can be known before hours of computing is said before them
+        make_folder(folder)
+        require_room(folder, missing * store.row_bytes)
     return store
 
 

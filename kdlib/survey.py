@@ -47,11 +47,7 @@ class Survey:
             yield printable(self.refusal, keep="\n")
         if self.bad:
             yield f"{len(self.bad)} of {self.read} clips cannot be read:"
-        for place, (reason, names) in enumerate(grouped(self.bad), start=1):
-            yield f"{place}. {printable(reason)} ({len(names)}):"
-            yield from (f"     {printable(name)}" for name in names[:SHOWN])
-            if len(names) > SHOWN:
-                yield f"     and {len(names) - SHOWN} more"
+        yield from listed(self.bad)
         yield from _holdings(self.folds)
         if self.advice:
             changes = " ".join(f"--set {name}={json.dumps(value)}" for name, value in self.advice.items())
@@ -90,7 +86,7 @@ def survey(kind: str, settings: Mapping[str, Any], changes: list[str] | None = N
         refusal=refusal,
         folds=folds,
         read=len(items) + len(skipped),
-        bad=skipped | {name: _reason(name, error) for name, error in errors.items()},
+        bad=skipped | {name: reason_of(name, error) for name, error in errors.items()},
         advice=_advice(part, folds, list(errors.values()), len(items) - len(errors)),
     )
 
@@ -112,6 +108,22 @@ def grouped(reasons: Mapping[str, str]) -> list[tuple[str, list[str]]]:
     return found
 
 
+def listed(reasons: Mapping[str, str]) -> Iterator[str]:
+    """Yield the lines that tell ids by reason, some of those that share one."""
+    for place, (reason, names) in enumerate(grouped(reasons), start=1):
+        yield f"{place}. {printable(reason)} ({len(names)}):"
+        yield from (f"     {printable(name)}" for name in names[:SHOWN])
+        if len(names) > SHOWN:
+            yield f"     and {len(names) - SHOWN} more"
+
+
+def reason_of(name: str, error: Exception) -> str:
+    """Return what an error says, without the path that ends in the name."""
+    text = str(error) if isinstance(error, KdlibError) else f"{type(error).__name__}: {error}"
+    _, found, after = text.partition(f"{name}: ")
+    return after if found else text
+
+
 def _opened(part: Part) -> tuple[str, dict[str, DataParts]]:
     """Return what the reader has against the layout, and the folds as far as they can be read."""
     try:
@@ -124,13 +136,6 @@ def _opened(part: Part) -> tuple[str, dict[str, DataParts]]:
 
 def _parts(parts: DataParts) -> list[DataPart]:
     return [part for part in (parts.train, parts.valid, parts.test) if part is not None]
-
-
-def _reason(name: str, error: Exception) -> str:
-    """Return what an error says, without the path that ends in the name."""
-    text = str(error) if isinstance(error, KdlibError) else f"{type(error).__name__}: {error}"
-    _, found, after = text.partition(f"{name}: ")
-    return after if found else text
 
 
 def _advice(part: Part, folds: Mapping[str, DataParts], errors: Sequence[Exception], fine: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from kdlib.data import CLEAN, Loader
 from kdlib.distiller import Distiller
 from kdlib.errors import RecipeError
 from kdlib.featured import Featured
-from kdlib.files import write_arrays, write_tensors
+from kdlib.files import make_folder, write_arrays, write_atomically, write_tensors
 from kdlib.fit import OPTIMIZERS, fit
 from kdlib.fusion import Scores, log_softmax
 from kdlib.interfaces import DataPart, DataParts, Scorer
@@ -80,7 +80,7 @@ def train_system(
     job = Job(name, recipe.systems[name], recipe.data, recipe.scorer, parts, folder, title, progress, recipe.cache)
     system = job.system
     train, valid, test, features = _featured(job)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if features is not None:
         write_tensors(folder / "features.safetensors", features.state_dict())
 
@@ -227,7 +227,7 @@ def _pretrained(
     model.load_state_dict({**own, **carried})
     new = [name for name in own if name not in carried]
     text = "".join(f"{name}\n" for name in new)
-    (job.folder / place / "not_carried_over.txt").write_text(text, encoding="utf-8")
+    write_atomically(job.folder / place / "not_carried_over.txt", text.encode())
     return model
 
 

@@ -49,9 +49,7 @@ class Tapped(nn.Module):
         super().__init__()
         self.model = model
         self.taps = dict(taps)
-        self._captured: dict[str, Tensor] | None = None
-        self._with_gradient = False
-        self._versions: dict[str, int] = {}
+        self._pass = _Pass()
         self._own: dict[str, _Picks] = {}
         self._handles: list[Any] = []
         located = {name: _locate(model, path) for name, path in taps.items()}
@@ -63,22 +61,22 @@ class Tapped(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Run the model and return its taps."""
-        captured: dict[str, Tensor] = {}
-        self._captured = captured
-        self._with_gradient = torch.is_grad_enabled()
-        self._versions = {}
+        now = self._pass
+        now.captured = captured = {}
+        now.with_gradient = torch.is_grad_enabled()
+        now.versions = {}
         try:
             output = self.model(*args, **kwargs)
         finally:
-            self._captured = None
+            now.captured = None
         for name, picks in self._own.items():
-            captured[name] = _pick(output, picks, name, self.taps[name], self.model)
+            captured[name] = _pick(output, picks, name, self)
         for name, path in self.taps.items():
             if name not in captured:
                 raise TapError(f"Tap '{name}' did not fire: module '{path}' was not called in this forward.")
         if not torch.compiler.is_compiling():
             self._refuse_changed(captured)
-        self._versions = {}
+        now.versions = {}
         return {name: captured[name] for name in self.taps}
 
     def remove(self) -> None:
@@ -98,32 +96,42 @@ class Tapped(nn.Module):
         return ", ".join(f"{name}={path!r}" for name, path in self.taps.items())
 
     def _record(self, name: str, picks: _Picks, output: Any) -> None:
-        if self._captured is None:  # the model was called by itself, or is recomputing in a backward
+        now = self._pass
+        if now.captured is None:  # the model was called by itself, or is recomputing in a backward
             return
-        if self._with_gradient and not torch.is_grad_enabled():
+        if now.with_gradient and not torch.is_grad_enabled():
             raise TapError(
                 f"Tap '{name}': module '{self.taps[name]}' ran without gradients, under torch.no_grad or in a "
                 "re-entrant checkpoint; a point on it would train nothing. Use checkpoint(..., use_reentrant=False)."
             )
-        tap = _pick(output, picks, name, self.taps[name], self.model)
-        previous = self._captured.get(name)
+        tap = _pick(output, picks, name, self)
+        previous = now.captured.get(name)
         if previous is not None and previous.requires_grad == tap.requires_grad:
             raise TapError(
                 f"Tap '{name}' fired twice: module '{self.taps[name]}' is used more than once in one forward. "
                 "Tap a module that runs once."
             )
         if previous is None or tap.requires_grad:  # of two captures, the one without gradient must not win
-            self._captured[name] = tap
+            now.captured[name] = tap
             if not torch.compiler.is_compiling() and not tap.is_inference():
-                self._versions[name] = tap._version
+                now.versions[name] = tap._version
 
     def _refuse_changed(self, captured: Mapping[str, Tensor]) -> None:
-        for name, version in self._versions.items():
+        for name, version in self._pass.versions.items():
             if captured[name]._version != version:
                 raise TapError(
                     f"Tap '{name}' was changed in place after module '{self.taps[name]}' returned it, by an in-place "
                     "layer behind it. Tap that layer, or build it with inplace=False."
                 )
+
+
+class _Pass:
+    """What one forward has recorded so far. No module, whose attributes take microseconds to set."""
+
+    def __init__(self) -> None:
+        self.captured: dict[str, Tensor] | None = None
+        self.with_gradient = False
+        self.versions: dict[str, int] = {}
 
 
 class _Capture:
@@ -152,7 +160,7 @@ def _locate(model: nn.Module, path: str) -> tuple[nn.Module, _Picks]:
     return module, tuple(tokens[used:])
 
 
-def _pick(output: Any, picks: _Picks, tap: str, path: str, model: nn.Module) -> Tensor:
+def _pick(output: Any, picks: _Picks, tap: str, owner: Tapped) -> Tensor:
     value = output
     for pick in picks:
         try:
@@ -160,12 +168,14 @@ def _pick(output: Any, picks: _Picks, tap: str, path: str, model: nn.Module) -> 
                 raise TypeError
             value = value[pick] if isinstance(pick, int) or isinstance(value, Mapping) else getattr(value, pick)
         except (AttributeError, KeyError, IndexError, TypeError):
+            path, model = owner.taps[tap], owner.model
             paths = (path for path, _ in model.named_modules() if path)
             raise TapError(
                 f"Tap '{tap}': '{path}' names no submodule of {type(model).__name__}, and its output, "
                 f"{_describe(value)}, has no item {pick!r} to pick.{did_you_mean(path, paths)}"
             ) from None
     if not isinstance(value, Tensor):
+        path = owner.taps[tap]
         raise TapError(f"Tap '{tap}': '{path}' gives {_describe(value)}, not a tensor. Pick one, as in '{path}[0]'.")
     return value
 
@@ -202,6 +212,7 @@ class Frozen:
         self.model = model
         self.classes: tuple[str, ...] | None = None
         self._parts = list(model.modules())
+        self._weight = next(model.parameters(), None)
         self._pinned = pinned
         self._dtype = dtype
         self._order: tuple[int, ...] | None = None
@@ -244,15 +255,17 @@ class Frozen:
         return method
 
     def _run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        example = next(tensors_in((args, kwargs)), None)
+        first = args[0] if args else None
+        example = first if isinstance(first, Tensor) else next(tensors_in((args, kwargs)), None)
         if any(part.training for part in self._parts):
             self.model.eval()
         home = None if example is None else example.device
         place = self._pinned or home
-        weight = next(self.model.parameters(), None)
-        if place is not None and weight is not None and weight.device != place:
+        if place is not None and self._weight is not None and self._weight.device != place:
             self.model.to(place)
         with torch.no_grad():
+            if self._dtype is None and place == home:
+                return function(*args, **kwargs)
             if self._dtype is None:
                 return _moved(function(*_moved(args, place), **_moved(kwargs, place)), home)
             back = example.dtype if example is not None and example.is_floating_point() else torch.get_default_dtype()

@@ -6,7 +6,9 @@ Each raises AssertionError with the rule that was broken.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from kdlib.batch import call, map_tensors
 from kdlib.interfaces import Batch, DistillPoint, SoftLabelSource, Taps
+from kdlib.registry import PluginWarning, Registry
 from kdlib.taps import teachers_in
 
 ROWS, CLASSES, WIDTH = 8, 10, 64
@@ -195,6 +198,30 @@ def check_model(model: nn.Module, x: Any) -> None:
     missed = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad()
     assert not missed, f"no tap depends on the parameters {', '.join(missed[:4])}"
+
+
+def check_plugin(name: str) -> None:
+    """Check an installed plugin package: its entry point is found and loads, and all that it brings can be used.
+
+    Args:
+        name: the name on the left of its line under ``[project.entry-points.kdlib]``.
+
+    Raises:
+        AssertionError: with the rule that is broken.
+
+    Example:
+        >>> import kdlib.testing
+        >>> kdlib.testing.check_plugin("asc")
+    """
+    found = entry_points(group="kdlib", name=name)
+    assert found, f"no installed package has an entry point '{name}' in the group 'kdlib'; is it installed?"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PluginWarning)  # it is said below
+        known = Registry(entry_points(group="kdlib"))
+    assert name not in known.broken, f"the plugin '{name}' is broken: {known.broken[name]}"
+    assert name in known.packages, f"the plugin '{name}' is left out by KDLIB_DISABLE"
+    for kind, of, packages in known.clashes():
+        assert name not in packages, f"the {kind} '{of}' is claimed by {' and '.join(packages)}"
 
 
 def _reordered(value: Any) -> Any:

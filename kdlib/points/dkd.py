@@ -12,7 +12,7 @@ from torch import Tensor
 from kdlib.errors import BatchError, KdlibError
 from kdlib.interfaces import Batch, Taps
 from kdlib.points.pairs import logit_rows
-from kdlib.points.reduction import mean_over_batch
+from kdlib.points.reduction import labels_blamed, mean_over_batch
 from kdlib.schedules import Schedule, Value, value_in
 
 
@@ -120,13 +120,14 @@ class Dkd:
 
     def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
         """Return the loss of the batch."""
-        return dkd_loss(
-            student[self.tap],
-            teacher[self.teacher_tap],
-            batch["y"],
-            alpha=value_in(self.alpha, batch, "alpha"),
-            beta=value_in(self.beta, batch, "beta"),
-            temperature=value_in(self.temperature, batch, "temperature"),
-            dim=self.dim,
-            mask=batch.get("mask"),
-        )
+        with labels_blamed(student[self.tap], batch, self.dim):
+            return dkd_loss(
+                student[self.tap],
+                teacher[self.teacher_tap],
+                batch["y"],
+                alpha=value_in(self.alpha, batch, "alpha"),
+                beta=value_in(self.beta, batch, "beta"),
+                temperature=value_in(self.temperature, batch, "temperature"),
+                dim=self.dim,
+                mask=batch.get("mask"),
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from kdlib.batch import same_shape
 from kdlib.interfaces import Batch, Taps
@@ -27,8 +28,9 @@ def hint_loss(student: Tensor, teacher: Tensor, *, variant: Literal["paper", "co
     """
     same_shape(student, teacher)
     one_of("variant", variant, VARIANTS)
-    squared = (widened(student) - widened(teacher.detach())).square()
-    return 0.5 * (squared.flatten(1).sum(1) if variant == "paper" else squared.sum(1)).mean()
+    count = len(student) if variant == "paper" else student.numel() // student.shape[1]
+    squared = mse_loss(widened(student), widened(teacher.detach()), reduction="sum")
+    return squared * (0.5 / count)
 
 
 class FitNet(nn.Module):

@@ -10,10 +10,7 @@ from torch import Tensor
 
 from kdlib.errors import BatchError
 from kdlib.interfaces import Batch, Taps
-from kdlib.points.reduction import mean_over_batch, rows_of
-
-IGNORED = -100
-"""The class number that torch and others take for "no label here"."""
+from kdlib.points.reduction import IGNORED, labels_blamed, mean_over_batch, rows_of
 
 
 def hard_cross_entropy(
@@ -70,6 +67,9 @@ class HardLabels:
         dim: the axis of the classes.
         label_smoothing: the share of the target spread evenly over all classes, from 0 to 1.
 
+    Raises:
+        BatchError: labels do not have the shape that the logits want, or are no class of theirs (on the CPU).
+
     Example:
         >>> import torch, kdlib
         >>> point = kdlib.HardLabels()
@@ -87,10 +87,8 @@ class HardLabels:
 
     def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
         """Return the loss of the batch."""
-        return hard_cross_entropy(
-            student[self.tap],
-            batch["y"],
-            dim=self.dim,
-            mask=batch.get("mask"),
-            label_smoothing=self.label_smoothing,
-        )
+        logits = student[self.tap]
+        with labels_blamed(logits, batch, self.dim):
+            return hard_cross_entropy(
+                logits, batch["y"], dim=self.dim, mask=batch.get("mask"), label_smoothing=self.label_smoothing
+            )

@@ -61,6 +61,8 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         TapError: they differ in rows or axes, or are not (B, D), (B, C, T) or (B, C, H, W).
     """
+    if student.shape == teacher.shape and student.dim() in (2, 3, 4):
+        return widened(student), widened(teacher)
     refuse_shapes("taps to compare are (B, D), (B, C, T) or (B, C, H, W)", student, teacher, axes=(2, 3, 4))
     size = tuple(map(min, student.shape[2:], teacher.shape[2:]))
     return _averaged(widened(student), size), _averaged(widened(teacher), size)

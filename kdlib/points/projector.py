@@ -57,9 +57,9 @@ def projected(projector: nn.Module | None, tap: Tensor) -> Tensor:
     """
     if projector is None:
         raise unprepared()
-    weight = next(projector.parameters(), None)
-    if weight is None:
+    if isinstance(projector, nn.Identity):
         return tap
+    weight = next(projector.parameters())
     if tap.shape[1] != weight.shape[1] or tap.dim() != weight.dim():
         raise TapError(
             f"the student's tap has shape {tuple(tap.shape)}; the projector was made for {weight.shape[1]} channels "

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from kdlib.errors import BatchError, KdlibError, did_you_mean
+from kdlib.interfaces import Batch
+
+IGNORED = -100
+"""The class number that torch and others take for "no label here"."""
 
 
 def widened(tap: Tensor) -> Tensor:
@@ -35,7 +40,7 @@ def rows_of(logits: Tensor, dim: int, mask: Tensor | None) -> Tensor:
 
     What the mask leaves out may be anything, NaN too: it reaches neither the loss nor a gradient.
     """
-    rows = widened(logits.movedim(dim, -1))
+    rows = widened(logits if dim == -1 else logits.movedim(dim, -1))
     if mask is None:
         return rows
     if mask.shape != rows.shape[:-1]:
@@ -49,3 +54,27 @@ def mean_over_batch(loss: Tensor, mask: Tensor | None) -> Tensor:
         return loss.mean()
     counted = mask.to(loss.dtype)
     return (loss * counted).sum() / counted.sum().clamp(min=1)
+
+
+@contextmanager
+def labels_blamed(logits: Tensor, batch: Batch, dim: int) -> Iterator[None]:
+    """Say of which samples the label is no class where that is why the inside fails; until then it costs nothing.
+
+    It fails where it computes on the host. On a GPU torch stops the process with a message of its own.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        labels, classes = batch["y"], logits.shape[dim]
+        wrong = ((labels < 0) | (labels >= classes)) & (labels != IGNORED)
+        if batch.get("mask") is not None:
+            wrong &= batch["mask"].bool()
+        rows = wrong.flatten(1).any(1) if wrong.dim() > 1 else wrong
+        if not rows.any():
+            raise
+        numbers = torch.as_tensor(batch["index"])[rows.cpu()] if "index" in batch else rows.nonzero().flatten()
+        what = "samples" if "index" in batch else "rows of the batch"
+        raise BatchError(
+            f"labels that are no class: {', '.join(map(str, labels[wrong].unique().tolist()))}, of the {what} "
+            f"{', '.join(map(str, numbers.tolist()))}. The logits have {classes} classes, numbered from 0."
+        ) from error

@@ -45,13 +45,11 @@ def soft_cross_entropy(
     one_of("form", form, ("cross_entropy", "kl"))
     z_student, z_teacher = rows_of(student, dim, mask), rows_of(teacher.detach(), dim, mask)
     scores = z_teacher if soften == "logits" else z_teacher.softmax(-1)
-    log_target = F.log_softmax(scores / temperature, -1)
-    target = log_target.exp()
-    log_student = F.log_softmax(z_student / student_temperature, -1)
-    loss = -(target * log_student).sum(-1)
+    target = F.softmax(scores / temperature, -1)
+    log_ratio = F.log_softmax(z_student / student_temperature, -1)
     if form == "kl":
-        loss = loss + (target * log_target).sum(-1)
-    return student_temperature**2 * mean_over_batch(loss, mask)
+        log_ratio = log_ratio - F.log_softmax(scores / temperature, -1)
+    return -(student_temperature**2) * mean_over_batch((target * log_ratio).sum(-1), mask)
 
 
 class SoftLabels:

@@ -352,3 +352,12 @@ def test_a_fingerprint_of_a_tensor_is_of_its_values_type_and_shape():
     for same_bytes in (x.view(4, 3, 2), x.view(torch.int32), x.view(4, 6)):
         assert kdlib.TensorPart(same_bytes, [0] * 4).fingerprint(1) not in prints
     assert len(kdlib.TensorPart(torch.tensor([True, False]), [0, 1]).fingerprint(0)) == 64
+
+
+def test_an_iterator_that_was_not_drawn_from_counts_as_no_epoch():
+    loader = kdlib.Loader(pairs(), batch=4)
+    iter(loader)
+    assert next(iter(loader))["epoch"].tolist() == [0] * 4
+    loader.epoch(7)
+    assert next(iter(loader))["epoch"].tolist() == [7] * 4
+    assert next(iter(loader))["epoch"].tolist() == [8] * 4

@@ -311,6 +311,20 @@ def test_with_two_optimizers_the_clock_moves_once_after_the_last_one():
     assert "not in the optimizer" not in str(distiller.check(batch_of()))
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+def test_an_optimizer_that_lacks_a_projector_is_refused_before_its_first_step(prepared):
+    distiller = kdlib.Distiller(tapped(), source_of(), hidden=Projected())
+    if prepared:
+        distiller.prepare(batch_of())
+    optimizer = distiller.attach(torch.optim.SGD(distiller.student.parameters(), lr=1.0))
+    distiller.prepare(batch_of())(batch_of()).total.backward()
+    before = copy.deepcopy(distiller.state_dict())
+    with pytest.raises(kdlib.KdlibError, match=r"lacks \d parameters of projectors: hidden.*distiller\.parameters\(\)"):
+        optimizer.step()
+    for name, value in distiller.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_attaching_an_optimizer_again_counts_its_steps_once():
     distiller = kdlib.Distiller(tapped(), hard=kdlib.HardLabels())
     optimizer = torch.optim.Adam(distiller.parameters())

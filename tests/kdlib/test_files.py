@@ -4,13 +4,24 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import kdlib
-from kdlib.files import read_arrays, read_tensors, write_arrays, write_atomically, write_json, write_tensors
+from kdlib.files import (
+    HOST,
+    read_arrays,
+    read_tensors,
+    require_room,
+    write_arrays,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 
 TENSORS = {
     "weight": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -100,19 +111,32 @@ def test_a_write_replaces_the_old_file(file):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("odd"), OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_after_an_error_the_old_file_is_there_and_nothing_beside_it(file, error):
-    def write(beside):
-        beside.write_text("half of the ne")
+def test_after_an_error_the_old_file_is_there_and_nothing_beside_it(file, error, monkeypatch):
+    def fail(_):
         raise error
 
+    monkeypatch.setattr("os.fsync", fail)  # where a disk says that it is full, at the latest
     with pytest.raises((type(error), kdlib.KdlibError)) as caught:
-        write_atomically(file, write)
+        write_atomically(file, bytes(1234))
     assert file.read_text() == "old"
     assert alone(file)
     if isinstance(error, OSError):
-        assert isinstance(caught.value, kdlib.KdlibError)
-        assert str(file) in str(caught.value)
-        assert "No space left on device" in str(caught.value)
+        assert str(caught.value) == f"{file}: 1,234 bytes cannot be written: No space left on device."
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(file):
+    victim = file.with_name("victim")
+    victim.write_text("mine")
+    file.with_name(f".file.{HOST}.{os.getpid()}").symlink_to(victim)
+    write_atomically(file, b"new")
+    assert (file.read_text(), victim.read_text()) == ("new", "mine")
+    assert not file.is_symlink()
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_made(tmp_path):
+    require_room(tmp_path, 1)
+    with pytest.raises(kdlib.KdlibError, match=r"1,000,000,000,000,000,000 bytes will be written, and [\d,]+ are free"):
+        require_room(tmp_path, 10**18)
 
 
 def test_what_is_no_tensor_or_no_json_leaves_the_old_file(file):
@@ -205,6 +229,49 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path, good, kind, damage):
     with pytest.raises(kdlib.KdlibError, match="not a readable safetensors file") as caught:
         READERS[kind](path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_any_bit_that_is_turned_is_noticed(tmp_path, good, kind):
+    """safetensors itself notices those of its own structure, about half of them."""
+    path = tmp_path / "turned"
+    header = 8 + int.from_bytes(good[:8], "little")
+    draw = np.random.default_rng(0).choice(8 * len(good), 200, replace=False).tolist()
+    for bit in [*range(0, 8 * header, 5), *draw]:
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        with pytest.raises(kdlib.KdlibError, match=rf"{path}: (damaged|not a readable)"):
+            READERS[kind](path)
+    path.write_bytes(good)
+    np.testing.assert_array_equal(READERS["arrays"](path)["a"], np.arange(100.0))
+
+
+def test_each_bit_of_the_notes_that_tell_of_a_checksum_is_noticed(tmp_path, good):
+    """A file whose checksum cannot be found any more must not pass for one of another program."""
+    first, last = good.index(b'"kdlib_sha256"'), good.index(b'"classes"')
+    for bit in range(8 * first, 8 * last):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "turned").write_bytes(bad)
+        with pytest.raises(kdlib.KdlibError):
+            read_tensors(tmp_path / "turned")
+
+
+def test_the_bytes_of_a_file_are_a_function_of_what_is_in_it(tmp_path):
+    notes = {name: name for name in "gfedcba"}
+    code = f"from kdlib.files import *; import torch; write_tensors(Path('b'), {{'x': torch.ones(3)}}, {notes})"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    write_tensors(tmp_path / "a", {"x": torch.ones(3)}, notes)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", READERS)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, kind):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(kdlib.KdlibError, match="pipe: not a file"):
+        READERS[kind](tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("kind", READERS)

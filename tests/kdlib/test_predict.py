@@ -112,6 +112,16 @@ def test_the_command_shows_a_line_a_file_and_names_the_bad_ones(folder, files, m
     assert "bad.txt: no numbers" in seen.err
 
 
+def test_the_command_tells_many_bad_files_by_reason(folder, files, tmp_path, monkeypatch, capsys):
+    bad = [tmp_path / f"bad{number}.txt" for number in range(7)]
+    for path in bad:
+        path.write_text("nothing")
+    assert command(monkeypatch, folder, files[0], *bad) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == ["error: 7 of 8 files cannot be read:", "1. no numbers (7):"]
+    assert told[2:] == [*(f"     {path}" for path in bad[:5]), "     and 2 more"]
+
+
 def test_for_programs_there_is_a_line_of_json_a_file(folder, files, monkeypatch, capsys):
     assert command(monkeypatch, folder, files[0], "--json") == 0
     line = json.loads(capsys.readouterr().out)

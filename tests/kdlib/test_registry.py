@@ -514,7 +514,7 @@ def test_a_hook_that_raises_is_refused_with_its_words():
         def kdlib_points(self):
             raise RuntimeError("the licence server sleeps")
 
-    with pytest.raises(kdlib.PluginError, match="RuntimeError: the licence server sleeps") as caught:
+    with pytest.raises(kdlib.PluginError, match="kdlib_points: RuntimeError: the licence server sleeps") as caught:
         kdlib.register(Mine())
     assert isinstance(caught.value.__cause__, RuntimeError)
 
@@ -623,6 +623,7 @@ def test_an_exception_in_a_constructor_carries_the_plugins_name(error):
     assert "odd" in told
     assert "'mine'" in told
     assert "'Mine'" in told
+    assert "kdlib_models" in told
 
 
 def test_a_bad_value_in_a_constructor_is_the_users_error_with_its_place():

@@ -564,7 +564,7 @@ def test_where_the_disk_is_full_a_message_names_the_file_and_earlier_shards_stay
     code = FULL.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.stderr == ""
-    assert done.stdout == f"{tmp_path / '00004.safetensors'}: cannot be written: File too large.\n"
+    assert done.stdout == f"{tmp_path / '00004.safetensors'}: 64,072 bytes cannot be written: File too large.\n"
     shards = [f"{shard:05}.safetensors" for shard in range(4)]
     assert sorted(bytes_in(tmp_path)) == sorted([*shards, *(f"{name}.sha256" for name in shards), MANIFEST])
     np.testing.assert_array_equal(Store(tmp_path).take(range(8000))["a"][:, 0], np.arange(8000) // 2000)

@@ -252,6 +252,13 @@ def test_width_a_quarter_rounds_channels_and_gru_and_keeps_the_embedding():
     assert spectrogram.dense1.out_features == 64
 
 
+def test_a_multiple_of_32_rounds_every_size_of_the_spectrogram_network():
+    network = SpectrogramCNNGRU(classes=10, multiple=32)
+    assert [getattr(network, f"res{row}").conv1.out_channels for row in (1, 2, 3, 4)] == [32, 64, 128, 256]
+    assert (network.gru_layer.input_size, network.gru_layer.hidden_size) == (512, 480)
+    assert SpectrogramCNNGRU(classes=2, width=1e-6, multiple=3).res1.conv1.out_channels == 6
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_width_near_zero_leaves_four_channels(network):
     assert network(classes=2, width=1e-6).conv1[0].out_channels == 4
@@ -314,7 +321,15 @@ def test_every_parameter_gets_a_gradient_in_training_mode(network):
 def test_every_setting_is_keyword_only_an_attribute_and_validated(network):
     parameters = {name: p for name, p in inspect.signature(network).parameters.items() if name != "self"}
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
-    given = {"classes": 3, "channels": 1, "width": 0.5, "activate_embedding": True, "gru": False}
+    given = {
+        "classes": 3,
+        "channels": 1,
+        "width": 0.5,
+        "activate_embedding": True,
+        "gru": False,
+        "multiple": 8,
+        "checkpoint_activations": True,
+    }
     given = {name: given[name] for name in parameters}
     model = network(**given)
     assert {name: getattr(model, name) for name in parameters} == given

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
 import kdlib
+from kdlib.points import Dkd
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
@@ -183,3 +184,37 @@ def test_another_tap_may_be_compared():
     logits, y = noise(8, 10), classes(8)
     loss = kdlib.HardLabels(tap="auxiliary")({"auxiliary": logits, "logits": -logits}, {}, {"y": y})
     torch.testing.assert_close(loss, cross_entropy(logits, y), rtol=1e-6, atol=0)
+
+
+# labels that are no class
+
+
+@pytest.mark.parametrize("point", [kdlib.HardLabels(), Dkd(), kdlib.of("a", Dkd())], ids=["hard", "dkd", "of"])
+@pytest.mark.parametrize(
+    ("labels", "batch", "told"),
+    [
+        ([0, 3, 1], {"index": torch.tensor([7, 5, 9])}, "no class: 3, of the samples 5. The logits have 3 classes"),
+        ([-1, 3, 1], {"index": torch.tensor([7, 5, 9])}, "no class: -1, 3, of the samples 7, 5. The logits"),
+        ([0, 3, 1], {}, "no class: 3, of the rows of the batch 1. The logits have 3 classes"),
+        ([3, 0, 9], {"mask": torch.tensor([0, 1, 1]), "index": torch.arange(3)}, "no class: 9, of the samples 2"),
+    ],
+)
+def test_a_label_that_is_no_class_is_named_with_its_sample(point, labels, batch, told):
+    logits = torch.zeros(3, 3, requires_grad=True)
+    with pytest.raises(kdlib.BatchError) as caught:
+        point({"logits": logits}, {"logits": logits, "a.logits": logits}, {"y": torch.tensor(labels), **batch})
+    assert told in str(caught.value)
+
+
+def test_in_a_training_a_label_that_is_no_class_is_named_with_its_point():
+    part = kdlib.TensorPart(torch.zeros(8, 2), [0, 1, 0, 1, 0, 1, 0, 2])
+    net = kdlib.Tapped(torch.nn.Linear(2, 2), logits="")
+    with pytest.raises(
+        kdlib.BatchError, match=r"Point 'hard' \(HardLabels\): labels that are no class: 2.* samples 7\."
+    ):
+        kdlib.fit(kdlib.Distiller(net, hard=kdlib.HardLabels()), part, epochs=1, batch=4, progress=False)
+
+
+def test_what_fails_for_another_reason_is_not_blamed_on_the_labels():
+    with pytest.raises(IndexError):
+        kdlib.HardLabels(dim=5)({"logits": torch.zeros(2, 3)}, {}, {"y": torch.tensor([0, 1])})

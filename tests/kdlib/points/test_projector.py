@@ -113,7 +113,7 @@ def test_preparing_changes_nothing_else_and_happens_once(build):
 @POINTS
 def test_a_fresh_distiller_loads_the_state_after_prepare(build):
     one, other = distiller(build()).prepare(BATCH), distiller(build(), seed=1)
-    with pytest.raises(RuntimeError, match=r"projectors\.hint"):
+    with pytest.raises(kdlib.KdlibError, match=r"no 'projectors\.hint.*call prepare\(batch\) before load_state_dict"):
         other.load_state_dict(one.state_dict())
     other.prepare(BATCH).load_state_dict(one.state_dict())
     other.source = one.source
