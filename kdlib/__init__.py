@@ -2,6 +2,7 @@
 
 from kdlib.batch import as_batch, same_shape
 from kdlib.data import CLEAN, Loader, Parts, TensorPart
+from kdlib.ddp import ddp
 from kdlib.distiller import Distiller, Losses
 from kdlib.errors import BatchError, DataError, KdlibError, PluginError, RecipeError, TapError, TrainingError
 from kdlib.fit import fit
@@ -66,6 +67,7 @@ __all__ = [
     "TensorPart",
     "TrainingError",
     "as_batch",
+    "ddp",
     "fit",
     "freeze",
     "hard_cross_entropy",

@@ -38,6 +38,10 @@ class TrainingError(KdlibError):
     """Training cannot start or cannot go on, for example at a loss that is not finite."""
 
 
+class RankError(TrainingError):
+    """Another process of the same job failed; the text says which, and why."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'? Known: ..." for an unknown name."""
     names = sorted(known)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import default_collate
 
+from kdlib import ranks
 from kdlib.building import facts_of, load_weights, make_cache, make_features, make_model, make_source
 from kdlib.data import CLEAN, to_device
 from kdlib.errors import DataError, KdlibError, TapError, did_you_mean
@@ -219,7 +219,7 @@ def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
     from rich import get_console
     from rich.progress import Progress
 
-    rank, world = _rank()
+    rank, world = ranks.launched()
     views = views_of(store)
     mine = range(rank, store.shards, world)
     wrote = False
@@ -233,20 +233,13 @@ def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
                 store.write(shard, teacher.of(blocks))
                 wrote = True
             bar.advance(task)
-    if distributed.is_available() and distributed.is_initialized():
+    if ranks.grouped():
         distributed.barrier()
     if wrote and rank == 0 and all(store.written(shard) for shard in range(store.shards)):
         for name, error in rounding(store).items():
             get_console().print(
                 f"{title}: '{name}' kept as float16, at most {error:.2g} from what was computed", markup=False
             )
-
-
-def _rank() -> tuple[int, int]:
-    """Return this process's number and how many there are."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def store_run(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from kdlib.interfaces import Batch, DataPart, Taps
 from kdlib.keyed import keyed
 from kdlib.points.pairs import relation_rows, unit_rows
 from kdlib.points.reduction import full_precision, one_of
+from kdlib.ranks import gathered
 
 Seen = tuple[Tensor, Tensor, Tensor, Tensor]
 """Of one batch: the items' numbers, the student's and the teacher's embeddings, log Z of both."""
@@ -213,7 +213,7 @@ class Crd(nn.Module):
         seen = self._seen[: int(self.kept)]
         self._seen = []
         self.kept.zero_()
-        seen = _of_all_ranks(seen)
+        seen = gathered(seen)
         if not seen:
             return
         index, ours, theirs = (
@@ -251,12 +251,3 @@ class Crd(nn.Module):
         while sum(len(one[0]) for one in self._seen[1:]) >= len(self.labels):  # nobody calls advance
             del self._seen[0]
             self.kept -= 1
-
-
-def _of_all_ranks(seen: list[Seen]) -> list[Seen]:
-    """Return the batches of all ranks, in the order of the ranks; they may have seen different numbers of rows."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return seen
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, [tuple(one.cpu() for one in batch) for batch in seen])
-    return [batch for of_rank in gathered for batch in of_rank]

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from kdlib.batch import call
 from kdlib.errors import BatchError
 from kdlib.interfaces import Batch, Taps
+from kdlib.ranks import gathered
 from kdlib.sources.classes import class_numbers, classes_of
 
 
@@ -90,15 +91,18 @@ class ClassMeans(nn.Module):
     @torch.no_grad()
     def advance(self, student: nn.Module) -> None:
         """Take the student's predictions for the last training batch into the sums of its epoch."""
-        if self._last is None:
-            return
-        batch, self._last = self._last, None
+        own = [] if self._last is None else [self._counted(student, self._last)]
+        self._last = None
+        for epoch, new in gathered(own):
+            if epoch != int(self.epoch):
+                self.means.copy_(class_means(self.sums))
+                self.sums.zero_()
+                self.epoch.fill_(epoch)
+            self.sums += new.to(self.sums.device)
+
+    def _counted(self, student: nn.Module, batch: Batch) -> tuple[int, Tensor]:
+        """Return a batch's epoch, and the sums of its right predictions by class."""
         labels = self._numbers(batch)
-        epoch = int(torch.as_tensor(batch["epoch"]).flatten()[0])
-        if epoch != int(self.epoch):
-            self.means.copy_(class_means(self.sums))
-            self.sums.zero_()
-            self.epoch.fill_(epoch)
         predicted = _predictions(student, batch["x"])[self.tap].float().softmax(-1)
         if predicted.shape != (len(labels), self.classes):
             raise BatchError(
@@ -108,9 +112,7 @@ class ClassMeans(nn.Module):
         right = predicted.argmax(-1) == labels
         counted = torch.cat([predicted, predicted.new_ones(len(predicted), 1)], 1) * right[:, None]
         new = torch.zeros_like(self.sums).index_add_(0, labels, counted)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(new)
-        self.sums += new
+        return int(torch.as_tensor(batch["epoch"]).flatten()[0]), new
 
     def _numbers(self, batch: Batch) -> Tensor:
         labels: Tensor = batch["y"]

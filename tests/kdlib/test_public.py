@@ -39,6 +39,7 @@ PROMISED = [
     "Teacher",
     "TrainingError",
     "as_batch",
+    "ddp",
     "fit",
     "freeze",
     "hard_cross_entropy",
