@@ -17,6 +17,7 @@ from kdlib.batch import as_batch, map_tensors
 from kdlib.errors import DataError, KdlibError
 from kdlib.interfaces import Batch, DataPart
 from kdlib.keyed import keyed as _keyed
+from kdlib.signals import left_to_parent
 
 CLEAN = -1
 """The epoch that asks for items without augmentation."""
@@ -179,6 +180,7 @@ class Loader:
             batch_sampler=self._batches,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=left_to_parent,
             generator=_keyed(seed, "loader"),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -65,11 +65,21 @@ def progress_bar(steps: int, title: str = "training") -> Iterator[Callback]:
 
 
 @contextmanager
-def csv_log(folder: Path) -> Iterator[Callback]:
-    """Write one line an epoch to ``metrics.csv``; a term that comes later gets its column from the beginning."""
+def csv_log(folder: Path, before: Sequence[Mapping[str, float]] = ()) -> Iterator[Callback]:
+    """Write one line an epoch to ``metrics.csv``; a term that comes later gets its column from the beginning.
+
+    Args:
+        folder: where the file goes.
+        before: the records of the epochs before those that will come; they are written anew.
+    """
     with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
-        records: list[Mapping[str, float]] = []
-        writer: csv.DictWriter[str] = csv.DictWriter(file, [])
+        records = list(before)
+        columns = list(dict.fromkeys(name for record in records for name in record))
+        writer: csv.DictWriter[str] = csv.DictWriter(file, columns)
+        if records:
+            writer.writeheader()
+            writer.writerows(records)
+            file.flush()
 
         def write(event: Event) -> None:
             if event.kind != "epoch":
@@ -89,16 +99,39 @@ def csv_log(folder: Path) -> Iterator[Callback]:
 
 
 @contextmanager
-def jsonl_log(folder: Path) -> Iterator[Callback]:
-    """Write one line a step to ``metrics.jsonl``."""
-    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+def jsonl_log(folder: Path, before: int = 0) -> Iterator[Callback]:
+    """Write one line a step to ``metrics.jsonl``.
+
+    Args:
+        folder: where the file goes.
+        before: steps whose lines are kept; what was written after them by a process that is gone is cut off.
+    """
+    path = folder / "metrics.jsonl"
+    size = _size_of(path, before)
+    with path.open("r+" if size else "w", encoding="utf-8", buffering=1) as file:  # a line is out before a checkpoint
+        file.truncate(size)
+        file.seek(size)
 
         def write(event: Event) -> None:
             if event.kind == "step":
                 terms = {name: float(value) for name, value in event.losses.terms.items()}
                 line = {"step": event.step, "epoch": event.epoch, **event.record, "total": event.losses.total.item()}
                 file.write(json.dumps({**line, "terms": terms}) + "\n")
-            elif event.kind == "epoch":
-                file.flush()
 
         yield write
+
+
+def _size_of(path: Path, steps: int) -> int:
+    """Return how many bytes the lines of the first steps take that are there."""
+    size = 0
+    if steps and path.is_file():
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    step = json.loads(line)["step"]
+                except (ValueError, KeyError, TypeError):  # half a line
+                    break
+                if step > steps or not line.endswith(b"\n"):
+                    break
+                size += len(line)
+    return size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +39,8 @@ class History:
     ``through the source`` and ``on the student's input alone``. Empty without a source."""
     difference: dict[str, float] = field(default_factory=dict)
     """What the source's ``difference`` says of the training part. Empty where it has none."""
+    forced: list[str] = field(default_factory=list)
+    """Where it went on from a checkpoint by force, a line for each difference from what it was made of before."""
 
     @property
     def steps(self) -> int:
@@ -125,6 +127,8 @@ class Training:
     """What the epoch at work has taken so far."""
     last: tuple[Losses, float] | None = None
     """The losses of the last batch, and the learning rate of its step."""
+    between: Callable[[], None] = lambda: None
+    """Called where it is whole: after each step, in a validation before each batch, and after each epoch."""
 
     @property
     def over(self) -> bool:
@@ -137,8 +141,9 @@ class Training:
             self.distiller.train()
             batches = self.train.epoch(self.epoch, start=self.batch)
             while self.take_step(batches, tell):
-                pass
+                self.between()
             self.end_epoch(tell)
+            self.between()
         self.history.best = self.choice.take(self.distiller, self.epoch - 1)
 
     def take_step(self, batches: Iterator[Batch], tell: Callback) -> bool:
@@ -215,6 +220,7 @@ class Training:
         clock = (int(self.distiller.step), self.epoch)
         with self._keyed("validate"):
             for batch in loader.epoch(CLEAN):
+                self.between()
                 losses = self.place.forward(self.distiller, {**self.place.batch(batch), "clock": lambda: clock})
                 _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {self.epoch}")
                 means.add(losses, _rows(batch))
