@@ -142,6 +142,7 @@ def fit(
     valid_loader = Loader(parts["validation"], batch=batch, shuffle=False, keyed=True) if valid is not None else None
 
     with ExitStack() as stack:
+        stack.callback(loader.close)
         stack.enter_context(threads_set(threads))
         stack.enter_context(_modes_restored(distiller))
         place.module(distiller)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -59,12 +60,21 @@ def raised() -> Iterator[None]:
 
 
 def left_to_parent(worker: int = 0) -> None:
-    """Ignore both signals, in a loader's process: a terminal sends them to all, and the training decides when to end.
+    """Ignore both signals in a loader's process, unless they come from the parent, which ends its workers by SIGTERM.
 
-    The process ends with its parent, whatever that one dies of.
+    A terminal or a scheduler sends them to every process; the training decides when to end. A worker ends with its
+    parent, whatever that one dies of.
     """
-    for number in HEEDED:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_by_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 @contextmanager

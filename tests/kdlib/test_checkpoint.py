@@ -2,6 +2,7 @@
 
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -679,6 +680,12 @@ def test_a_signal_during_the_last_step_saves_what_is_done(tmp_path, parts):
     with pytest.raises(kdlib.Stopped):
         fit(distil(parts.train), parts, tmp_path, callbacks=[sending(signal.SIGTERM, 9)])
     assert fit(distil(parts.train), parts, tmp_path, resume=True).steps == 9
+
+
+def test_a_stopped_training_leaves_no_process(tmp_path, parts):
+    with pytest.raises(kdlib.Stopped):
+        fit(distil(parts.train), parts, tmp_path, workers=2, callbacks=[sending(signal.SIGTERM, 2)])
+    assert multiprocessing.active_children() == []
 
 
 def test_in_another_thread_there_is_no_handler(tmp_path, parts):
