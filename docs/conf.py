@@ -29,7 +29,7 @@ autodoc_typehints = "signature"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 doctest_test_doctest_blocks = ""  # the examples of docstrings run in pytest; pages run here
-exclude_patterns = ["_build", "generated", "results"]
+exclude_patterns = ["_build", "generated", "results", "tutorial"]
 
 
 class _Bare(ast.NodeTransformer):
