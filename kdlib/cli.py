@@ -448,7 +448,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except KdlibError as error:
-        _print(f"error: {error}", errors)
+        _print(f"error: {error} [{error.page}]", errors)
         for note in getattr(error, "__notes__", []):
             _print(f"  {note}", errors)
         sys.exit(2)
