@@ -31,7 +31,7 @@ from kdlib.sources import Stored
 
 FUSED = "fusion"
 """The system under which the rows of the fusion stand."""
-COLUMNS = ("epoch", "step", "lr", "total", "seconds")
+COLUMNS = ("epoch", "step", "lr", "total", "seconds", "waiting")
 LARGEST = 1 << 19
 """Bytes of a recipe file."""
 DOTTED = 300
