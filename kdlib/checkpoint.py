@@ -164,6 +164,7 @@ def state_of(training: Training) -> dict[str, Any]:
         "place": {"step": training.step, "epoch": training.epoch, "batch": training.batch},
         "means": {"sums": training.means.sums, "counts": training.means.counts},
         "seconds": training.seconds,
+        "waited": training.waited,
         "last": None if last is None else {"total": last[0].total, "terms": last[0].terms, "lr": last[1]},
     }
 
@@ -192,7 +193,7 @@ def restore(training: Training, state: Mapping[str, Any]) -> None:
     training.step, training.epoch, training.batch = (state["place"][name] for name in ("step", "epoch", "batch"))
     sums = {name: value.to(device) for name, value in state["means"]["sums"].items()}
     training.means = Means(sums, dict(state["means"]["counts"]))
-    training.seconds = state["seconds"]
+    training.seconds, training.waited = state["seconds"], state["waited"]
     last = state["last"]
     if last is not None:
         training.last = (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from kdlib.distiller import Distiller, Losses
+from kdlib.files import append, write_atomically
 
 
 class Event(NamedTuple):
@@ -47,78 +50,74 @@ def progress_bar(steps: int, title: str = "training") -> Iterator[Callback]:
     with Progress(*columns, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=steps, terms="")
         means: Mapping[str, float] = {}
+        waiting = 0.0
 
         def show(event: Event) -> None:
-            nonlocal means
+            nonlocal means, waiting
             if event.kind == "step" and console.is_terminal and not bar.finished:
                 terms = " ".join(f"{name} {float(value):.4g}" for name, value in event.losses.terms.items())
                 text = f"epoch {event.epoch + 1}  {terms}  lr {event.record['lr']:.2g}"
                 bar.update(task, completed=event.step, terms=text)
             elif event.kind == "epoch":
                 means = {name: value for name, value in event.record.items() if name in event.losses.terms}
+                waiting = event.record["waiting"]
             elif event.kind == "end":
                 terms = " ".join(f"{name} {value:.4g}" for name, value in means.items())
                 taken = f"{event.epoch + 1} epochs, {event.step} steps, {time.perf_counter() - started:.1f} s"
-                console.print(f"{title}: {taken}, {terms} in the last", markup=False, highlight=False, soft_wrap=True)
+                line = f"{title}: {taken}, {terms} in the last, {100 * waiting:.0f} % of it waiting for data"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         yield show
 
 
-@contextmanager
-def csv_log(folder: Path, before: Sequence[Mapping[str, float]] = ()) -> Iterator[Callback]:
-    """Write one line an epoch to ``metrics.csv``; a term that comes later gets its column from the beginning.
+def csv_log(folder: Path, before: Sequence[Mapping[str, float]] = ()) -> Callback:
+    """Keep ``metrics.csv``, one line an epoch, written anew each time: a term that comes later has its column too.
 
     Args:
         folder: where the file goes.
-        before: the records of the epochs before those that will come; they are written anew.
+        before: the lines of the epochs before those that will come.
     """
-    with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
-        records = list(before)
+    path = folder / "metrics.csv"
+    records = list(before)
+
+    def keep() -> None:
         columns = list(dict.fromkeys(name for record in records for name in record))
-        writer: csv.DictWriter[str] = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(text := io.StringIO(newline=""), columns)
         if records:
             writer.writeheader()
             writer.writerows(records)
-            file.flush()
+        write_atomically(path, text.getvalue().encode())
 
-        def write(event: Event) -> None:
-            if event.kind != "epoch":
-                return
+    def write(event: Event) -> None:
+        if event.kind == "epoch":
             records.append(event.record)
-            unwritten = records[-1:]
-            columns = list(dict.fromkeys([*writer.fieldnames, *event.record]))
-            if columns != writer.fieldnames:
-                file.seek(0)
-                writer.fieldnames = columns
-                writer.writeheader()
-                unwritten = records
-            writer.writerows(unwritten)
-            file.flush()
+            keep()
 
-        yield write
+    keep()
+    return write
 
 
-@contextmanager
-def jsonl_log(folder: Path, before: int = 0) -> Iterator[Callback]:
+def jsonl_log(folder: Path, before: int = 0) -> Callback:
     """Write one line a step to ``metrics.jsonl``.
 
     Args:
         folder: where the file goes.
-        before: steps whose lines are kept; what was written after them by a process that is gone is cut off.
+        before: steps whose lines are kept; what a process that is gone wrote after them is cut off.
     """
     path = folder / "metrics.jsonl"
     size = _size_of(path, before)
-    with path.open("r+" if size else "w", encoding="utf-8", buffering=1) as file:  # a line is out before a checkpoint
-        file.truncate(size)
-        file.seek(size)
+    if size:
+        os.truncate(path, size)
+    else:
+        write_atomically(path, b"")
 
-        def write(event: Event) -> None:
-            if event.kind == "step":
-                terms = {name: float(value) for name, value in event.losses.terms.items()}
-                line = {"step": event.step, "epoch": event.epoch, **event.record, "total": event.losses.total.item()}
-                file.write(json.dumps({**line, "terms": terms}) + "\n")
+    def write(event: Event) -> None:
+        if event.kind == "step":
+            terms = {name: float(value) for name, value in event.losses.terms.items()}
+            line = {"step": event.step, "epoch": event.epoch, **event.record, "total": event.losses.total.item()}
+            append(path, (json.dumps({**line, "terms": terms}) + "\n").encode())
 
-        yield write
+    return write
 
 
 def _size_of(path: Path, steps: int) -> int:

@@ -1,5 +1,6 @@
 """A training that goes on from a checkpoint: bit-equal to one that was never interrupted, or refused with a reason."""
 
+import csv
 import functools
 import json
 import multiprocessing
@@ -135,11 +136,12 @@ def same(one, other):
 
 
 def timeless(history):
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in history.epochs]
+    return [{name: record[name] for name in record.keys() - {"seconds", "waiting"}} for record in history.epochs]
 
 
 def logs(folder):
-    table = [line.rsplit(",", 1)[0] for line in (folder / "metrics.csv").read_text().splitlines()]
+    with (folder / "metrics.csv").open(newline="") as file:
+        table = [{name: line[name] for name in line.keys() - {"seconds", "waiting"}} for line in csv.DictReader(file)]
     return table, (folder / "metrics.jsonl").read_text()
 
 
