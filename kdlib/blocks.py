@@ -47,6 +47,8 @@ class Train(Strict):
     patience: Annotated[int, Field(ge=1)] | None = None
     clip: Annotated[float, Field(gt=0)] | None = None
     accumulate: Annotated[int, Field(ge=1)] = 1
+    batch_norm: Literal["local", "sync"] = "local"
+    """Of several ranks: each normalises by its own rows, or by those of all (on CUDA only)."""
     workers: Annotated[int, Field(ge=0)] = 0
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
 
