@@ -134,7 +134,7 @@ class _EpochBatches(Sampler[list[tuple[int, int]]]):
         if self.shards == "batches":
             return iter(ranks.dealt(batches))
         if self.shards == "rows":
-            return iter([ranks.split(rows) or rows for rows in batches])
+            return iter([list(ranks.split(rows)) or rows for rows in batches])
         return iter(batches)
 
     def __len__(self) -> int:

@@ -89,7 +89,7 @@ def batch_norm_synced(module: nn.Module) -> Iterator[None]:
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
-                synced = nn.SyncBatchNorm.convert_sync_batchnorm(child)
+                synced = nn.SyncBatchNorm.convert_sync_batchnorm(child)  # type: ignore[no-untyped-call]
                 for hooks in HOOKS:
                     setattr(synced, hooks, getattr(child, hooks))
                 setattr(parent, name, synced)

@@ -133,7 +133,8 @@ def fit(
     home = Place(next((p.device for p in distiller.parameters()), place.device), LAYOUTS["contiguous"], precision)
     if batch_norm == "sync" and ranks.world() > 1 and place.device.type != "cuda":
         raise TrainingError(
-            f"batch_norm='sync' is torch's SyncBatchNorm, which runs on CUDA; the device is {place.device}. Take 'local'."
+            f"batch_norm='sync' is torch's SyncBatchNorm, which runs on CUDA, and the device is {place.device}: "
+            "take 'local'."
         )
     folder = None if ranks.rank() else folder
     progress = False if ranks.rank() else progress
@@ -212,7 +213,8 @@ def _wrapped(distiller: Distiller, batch: Batch, place: Place) -> Iterator[nn.Mo
         yield distiller
         return
     with place.autocast():
-        wrapped = ddp(distiller, batch, broadcast_buffers=False)
+        wrapped = ddp(distiller, batch)
+    wrapped.broadcast_buffers = False  # the argument of this name is deprecated, and its heir is new
     try:
         yield wrapped
     finally:

@@ -23,7 +23,8 @@ R = TypeVar("R")
 TIMEOUT = timedelta(hours=1)
 """How long a rank waits for the others: rank 0 may be fitting a scorer. One that died is noticed at once."""
 LOST = (
-    "rank {rank}: another process of the job is gone, and its own message says why; torchrun lists below how each ended."
+    "rank {rank}: another process of the job is gone. Its own message says why, or the list in which torchrun "
+    "tells how each ended."
 )
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 """Whether rank 0 does something by itself, for which it is a job of its own."""
@@ -177,7 +178,7 @@ def level(tensors: Iterable[Tensor]) -> None:
 
 def _put_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
     """Give tensors the values that stand one after the other in a flat one."""
-    for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, values in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(values.view_as(tensor))
 
 
