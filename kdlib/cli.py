@@ -480,7 +480,7 @@ def main() -> None:
     except KdlibError as error:
         if rank > 0 and isinstance(error, RankError):  # rank 0 passes it on as well
             sys.exit(2)
-        _print(f"{who}error: {error}", errors)
+        _print(f"{who}error: {error} [{error.page}]", errors)
         for note in getattr(error, "__notes__", []):
             _print(f"  {note}", errors)
         sys.exit(2)

@@ -26,7 +26,7 @@ Shards = Literal["rows", "batches"]
 
 @dataclass(frozen=True)
 class Parts:
-    """A data set split for one training, satisfying :class:`kdlib.DataParts`."""
+    """A data set split for one training, satisfying :class:`kdlib.interfaces.DataParts`."""
 
     train: DataPart
     valid: DataPart | None

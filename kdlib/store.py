@@ -67,7 +67,7 @@ class Store:
     A copy that was pickled, for a loader's worker, opens the shards anew.
 
     Args:
-        folder: made by :func:`make_store`.
+        folder: made by ``make_store``.
 
     Attributes:
         manifest: what the store is.

@@ -57,7 +57,7 @@ def build_store(
 
     Args:
         source: holds frozen teachers and does not change during training.
-        part: the data. It needs ``fingerprint(index)`` and ``made_by`` (see :class:`kdlib.DataPart`).
+        part: the data. It needs ``fingerprint(index)`` and ``made_by`` (see :class:`kdlib.interfaces.DataPart`).
         folder: is made where it is missing.
         views: epochs to draw, from 0. 0 stores the view without augmentation alone, which is what validation wants.
             Where nothing changes from epoch to epoch, that view is stored alone and serves for all.

@@ -37,7 +37,7 @@ class History:
     best: int = -1
     """The epoch whose weights were kept."""
     teacher: dict[str, Hits] = field(default_factory=dict)
-    """How often the teacher is right before the first step, (right, rows): of ``training`` and ``validation``,
+    """How often the teacher is right before the first step, (right, rows), of ``training`` and ``validation``,
     ``through the source`` and ``on the student's input alone``. Empty without a source."""
     difference: dict[str, float] = field(default_factory=dict)
     """What the source's ``difference`` says of the training part. Empty where it has none."""
