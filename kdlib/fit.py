@@ -74,7 +74,7 @@ def fit(
     index) and (seed, step), so the number of workers changes nothing, and the caller's random state is left alone.
     Equal bits also want an equal number of threads.
 
-    In a process group of several ranks (see :doc:`scale`) each rank takes its run of the rows of every batch, DDP
+    In a process group of several ranks (see :doc:`/scale`) each rank takes its run of the rows of every batch, DDP
     averages the gradients so that each row counts the same, and all ranks end with the same weights and history. Then
     ``batch`` means the rows of all ranks together, every rank calls ``callbacks``, and rank 0 alone writes and shows.
 

@@ -1,14 +1,18 @@
 """One training by 1, 2 and 4 processes: the same rows count the same, and all end with the same."""
 
 import gc
+import importlib.util
 import math
 import os
 import pickle
 import warnings
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -115,6 +119,24 @@ def by_hand(points):
     return plain(distiller)
 
 
+def example():
+    path = Path(__file__).parents[2] / "docs" / "integrations" / "ranks_loop.py"
+    spec = importlib.util.spec_from_file_location("ranks_loop", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def own_loop():
+    """Train by the loop of docs/scale.md, and by ``fit``."""
+    states = []
+    for train in (example().train, partial(fitted, optimizer="adam", lr=1e-3)):
+        distiller = kdlib.Distiller(network(0), teacher(), soft=kdlib.SoftLabels(), hint=FitNet(tap="embedding"))
+        train(distiller, part(), epochs=2, batch=8)
+        states.append(plain(distiller))
+    return states
+
+
 def with_norm():
     student = network(0, 8, nn.BatchNorm1d(8))
     return kdlib.Distiller(student, Ema(student, decay=0.5), soft=kdlib.SoftLabels(), hard=kdlib.HardLabels())
@@ -204,6 +226,7 @@ def all_of_it(folder):
     found["written"] = trained(POINTS["both"], folder=folder)
     found["by hand"] = {name: by_hand(points) for name, points in POINTS.items()}
     found["again"] = again()
+    found["own loop"] = own_loop() if ranks.world() > 1 else []
     found |= {kind: with_state(kind) for kind in ("class means", "crd", "ema")}
     found["made"] = made(folder)
     found["errors"] = {how: spoilt(how) for how in ("unreadable", "nan")}
@@ -261,6 +284,12 @@ def test_all_ranks_end_with_the_same_and_with_that_of_one_process(found, world, 
 def test_two_ranks_train_bit_for_bit_as_a_manual_all_reduce(found, points):
     by_hand, fitted = together(found, 2, "by hand", points), together(found, 2, points, 0)
     assert all(torch.equal(fitted[name], value) for name, value in by_hand.items())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_loop_of_the_page_on_several_processes_trains_as_fit_does(found, world):
+    own, fitted = together(found, world, "own loop", 0), together(found, world, "own loop", 1)
+    near(own, fitted, bound=0)
 
 
 @pytest.mark.parametrize("points", POINTS)
@@ -351,16 +380,34 @@ def test_a_local_batch_norm_sees_a_ranks_rows_and_keeps_the_statistics_of_rank_0
     near(together(found, world, "batch norm"), plain(distiller), bound=2e-6)
 
 
-def test_a_synced_batch_norm_is_refused_without_cuda(launch):
-    for kind, text in launch(refusing, 2):
-        assert kind == "TrainingError"
-        assert "SyncBatchNorm, which runs on CUDA, and the device is cpu: take 'local'" in text
+def test_a_synced_batch_norm_is_refused_without_cuda(refused):
+    kinds, texts = zip(*refused[0], strict=True)
+    assert kinds == ("TrainingError",) * 2
+    assert all("SyncBatchNorm, which runs on CUDA, and the device is cpu: take 'local'" in text for text in texts)
 
 
-def refusing(environment, say):
+def test_the_program_of_the_page_leaves_one_file(refused):
+    _, folder = refused
+    assert [path.name for path in folder.iterdir()] == ["student.safetensors"]
+    assert network(0).model.load_state_dict(load_file(folder / "student.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def refused(launch, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    return launch(refusing, 2, folder), folder
+
+
+def refusing(environment, say, folder):
+    """Run the program of docs/scale.md, and be refused in it."""
     os.environ |= environment
-    with ranks.group():
+    os.chdir(folder)
+
+    def made():
         say(caught(fitted, with_norm(), part(32), batch_norm="sync"))
+        return kdlib.Distiller(network(0), teacher(), soft=kdlib.SoftLabels(), hint=FitNet(tap="embedding"))
+
+    example().main(made, part(), epochs=1)
 
 
 def test_one_process_has_nothing_to_sync():
