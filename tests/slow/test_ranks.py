@@ -47,7 +47,8 @@ class Slow(torch.nn.Module):
 
 
 with ranks.group():
-    part = kdlib.TensorPart(torch.randn(400, 64, generator=kdlib.keyed(0, "x")), torch.arange(400) % 10, classes="abcdefghij")
+    x = torch.randn(400, 64, generator=kdlib.keyed(0, "x"))
+    part = kdlib.TensorPart(x, torch.arange(400) % 10, classes="abcdefghij")
     torch.manual_seed(0)
     teacher = kdlib.freeze(kdlib.Tapped(torch.nn.Linear(64, 10), logits=""))
     features, cache = Slow(), Cache(folder / "cache")
@@ -90,9 +91,10 @@ def test_stores_and_caches_of_killed_jobs_have_the_bytes_of_an_uninterrupted_one
     writer = tmp_path / "writer.py"
     writer.write_text(WRITER)
     first = start(1, writer, tmp_path / "whole")
-    assert first.wait(300) == 0, first.communicate()
+    _, errors = first.communicate(timeout=300)
+    assert first.returncode == 0, errors
     whole = contents(tmp_path / "whole")
-    assert sealed(tmp_path / "whole") == sum(path.suffix == ".sha256" for path in whole) > 100
+    assert sealed(tmp_path / "whole") == sum(path.suffix == ".sha256" for path in whole) > 70
     draw = random.Random(5)
     kills, half, rounds, worlds, world = 0, 0, 0, set(), 0
     processes = tmp_path / "processes"
@@ -116,7 +118,7 @@ def test_stores_and_caches_of_killed_jobs_have_the_bytes_of_an_uninterrupted_one
                 written = [path for path in folder.rglob("*.safetensors") if not path.name.startswith(".")]
                 half += any(folder.rglob(".*")) or len(written) > sealed(folder)
             else:
-                out, errors = job.communicate(timeout=300)
+                _, errors = job.communicate(timeout=300)
                 assert job.returncode == 0, errors
                 finished = True
         assert contents(folder) == whole
