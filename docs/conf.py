@@ -45,7 +45,7 @@ napoleon_use_param = False  # types of settings are words, not names of classes
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 doctest_test_doctest_blocks = ""  # the examples of docstrings run in pytest; pages run here
-exclude_patterns = ["_build", "generated", "results", "gallery", "integrations"]
+exclude_patterns = ["_build", "generated", "results", "gallery", "integrations", "tutorial"]
 
 # The inventories are text in Sphinx's first format (name, kind, page; the name is the anchor) and hold what these pages
 # refer to, so that a build needs no network. To refresh one, fetch objects.inv from the address here, print it by

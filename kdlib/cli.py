@@ -222,14 +222,21 @@ def store_verify_command(folder: Annotated[Path, typer.Argument(help="The folder
     from kdlib.sources.stored import open_stores
 
     bad = []
-    shards = [(store, shard) for store in open_stores(folder) for shard in range(store.shards)]
+    stores = open_stores(folder)
+    shards = [(store, shard) for store in stores for shard in store.finished()]
     for store, shard in track(shards, "shards"):
         try:
             store.check(shard)
         except KdlibError as error:
             bad.append(str(error))
     if bad:
-        raise KdlibError("\n".join([f"{len(bad)} of {len(shards)} shards:", *bad]))
+        bad.insert(0, f"{len(bad)} of {len(shards)} shards:")
+    for store in stores:
+        missing = store.shards - len(store.finished())
+        if missing:
+            bad.append(f"{store.folder}: not finished: {missing} of {store.shards} shards are missing.")
+    if bad:
+        raise KdlibError("\n".join(bad))
     _print(f"{len(shards)} shards, all as they were written")
 
 
@@ -316,8 +323,8 @@ def _show_store(store: Any) -> None:
 
     made_of = store.manifest.made_of
     views, data, source = made_of["views"], made_of["data"], made_of["source"]
-    finished = [shard for shard in range(store.shards) if store.written(shard)]
-    size = sum(store.path(shard).stat().st_size for shard in finished)
+    finished = store.finished()
+    size = len(finished) and sum(path.stat().st_size for path in store.folder.glob("*.safetensors"))
     drawn = f"{views} epochs and one view without augmentation" if views else "one view, without augmentation"
     settings = ", ".join(f"{name} {value}" for name, value in source["settings"].items())
     _print(f"{store.folder}")

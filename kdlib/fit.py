@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,13 @@ from kdlib.data import CLEAN, Loader, as_part
 from kdlib.ddp import batch_norm_synced, ddp
 from kdlib.distiller import Distiller, untouched
 from kdlib.errors import KdlibError, TrainingError, did_you_mean
-from kdlib.files import write_json
+from kdlib.files import make_folder, write_json
 from kdlib.interfaces import Batch, SoftLabelSource
 from kdlib.keyed import default_generators_keyed
 from kdlib.log import Callback, Event, csv_log, jsonl_log, progress_bar
 from kdlib.place import LAYOUTS, PRECISIONS, Place, device_of, threads_set
 from kdlib.progress import track
-from kdlib.training import Choice, History, Training, samples_of
+from kdlib.training import Choice, History, Training, kept_in_eval, samples_of, to_train_mode
 from kdlib.worth import Hits, described, hits
 
 JUDGED = 200
@@ -77,6 +77,11 @@ def fit(
     In a process group of several ranks (see :doc:`/scale`) each rank takes its run of the rows of every batch, DDP
     averages the gradients so that each row counts the same, and all ranks end with the same weights and history. Then
     ``batch`` means the rows of all ranks together, every rank calls ``callbacks``, and rank 0 alone writes and shows.
+
+    Each epoch trains in train mode and validates in eval mode; at the end all modes are as they were. What the user
+    froze stays frozen: a batch norm whose own weights have ``requires_grad = False`` keeps its statistics; and where
+    some layers of the student are in train mode and some modules in eval mode, those in eval mode stay so. A student
+    that is in eval mode as a whole, as after a look at its accuracy, is trained as a whole.
 
     Args:
         distiller: what to train.
@@ -150,10 +155,11 @@ def fit(
         place.module(distiller)
         if batch_norm == "sync" and ranks.world() > 1:
             stack.enter_context(batch_norm_synced(distiller.student))
+        kept = kept_in_eval(distiller.student)
         with ranks.together():
             first = _prepare(distiller, parts["training"], batch, place, seed)
             for name, part in parts.items():
-                _try_last_batch(distiller, part, batch, place, seed, name)
+                _try_last_batch(distiller, kept, part, batch, place, seed, name)
         wrapped = stack.enter_context(_wrapped(distiller, first, place))
         maker = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
         stepper = maker([parameter for parameter in distiller.parameters() if parameter.requires_grad], lr=lr)
@@ -171,6 +177,7 @@ def fit(
             seed=seed,
             accumulate=accumulate,
             clip=clip,
+            kept=kept,
         )
         tell = _listeners(stack, callbacks, progress, steps, folder)
         if distiller.source is not None:
@@ -222,7 +229,9 @@ def _wrapped(distiller: Distiller, batch: Batch, place: Place) -> Iterator[nn.Mo
         gc.collect()
 
 
-def _try_last_batch(distiller: Distiller, part: Any, batch: int, place: Place, seed: int, name: str) -> None:
+def _try_last_batch(
+    distiller: Distiller, kept: Collection[nn.Module], part: Any, batch: int, place: Place, seed: int, name: str
+) -> None:
     """Refuse a last batch that is too small for a batch norm or a point, before an epoch is spent on getting there."""
     rest = len(part) % batch
     if not rest:
@@ -232,7 +241,10 @@ def _try_last_batch(distiller: Distiller, part: Any, batch: int, place: Place, s
         torch.no_grad(),
         default_generators_keyed(place.device, seed, "step", "last batch"),
     ):
-        distiller.train(name == "training")
+        if name == "training":
+            to_train_mode(distiller, kept)
+        else:
+            distiller.eval()
         shards: Literal["rows", "batches"] | None = "rows" if name == "training" else None
         rows = next(Loader(part, batch=rest, shuffle=False, keyed=True, shards=shards).epoch(CLEAN))
         try:
@@ -303,8 +315,8 @@ def _listeners(
         title = progress if isinstance(progress, str) else "training"
         listeners.append(stack.enter_context(progress_bar(steps, title)))
     if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        listeners += [stack.enter_context(log(Path(folder))) for log in (csv_log, jsonl_log)]
+        make_folder(Path(folder))
+        listeners += [log(Path(folder)) for log in (csv_log, jsonl_log)]
 
     def tell(event: Event) -> None:
         for listener in listeners:

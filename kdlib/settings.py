@@ -17,6 +17,8 @@ from torch import nn
 
 from kdlib.errors import PluginError, RecipeError, did_you_mean
 
+MOST = 50
+"""Problems of a block that are spelled out."""
 LIVE = ("teacher", "student", "data", "sources", "points")
 """The names that a plugin's positional arguments may have."""
 FACTS = ("classes", "channels", "rate")
@@ -125,7 +127,8 @@ def _explained(
 ) -> Iterable[str]:
     """Yield one line a place: a union's members each give an error, which belong together."""
     by_place: dict[str, list[str]] = {}
-    for problem in error.errors():
+    problems = error.errors(include_url=False)
+    for problem in problems[:MOST]:
         keys = _place(problem, block)
         place = ".".join([at, *keys] if at else keys) or "the recipe"
         if problem["type"] == "extra_forbidden":
@@ -142,6 +145,8 @@ def _explained(
     for place, texts in by_place.items():
         if not any(other.startswith(f"{place}.") for other in by_place):  # the member of the union that was meant
             yield f"{place}: {' Or: '.join(dict.fromkeys(texts))}"
+    if len(problems) > MOST:
+        yield f"and {len(problems) - MOST} more problems"
 
 
 def _known(model: type[BaseModel], keys: list[str]) -> Iterable[str]:

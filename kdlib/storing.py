@@ -236,7 +236,7 @@ def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
                 store.write(shard, teacher.of(blocks))
                 wrote = True
             bar.advance(task)
-    if any(ranks.gathered([wrote])) and rank == 0 and all(store.written(shard) for shard in range(store.shards)):
+    if any(ranks.gathered([wrote])) and rank == 0 and len(store.finished()) == store.shards:
         for name, error in rounding(store).items():
             get_console().print(
                 f"{title}: '{name}' kept as float16, at most {error:.2g} from what was computed", markup=False

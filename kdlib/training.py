@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -125,6 +126,8 @@ class Training:
     seed: int
     accumulate: int
     clip: float | None
+    kept: Collection[nn.Module] = ()
+    """Modules of the student that stay in eval mode (see :func:`kept_in_eval`)."""
 
     history: History = field(default_factory=History)
     step: int = 0
@@ -148,7 +151,7 @@ class Training:
     def run(self, tell: Callback) -> None:
         """Train to the end, and give the distiller the chosen weights."""
         while not self.over:
-            self.distiller.train()
+            to_train_mode(self.distiller, self.kept)
             batches = self.train.epoch(self.epoch, start=self.batch)
             while self.take_step(batches, tell):
                 pass
@@ -240,6 +243,29 @@ class Training:
                 _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {self.epoch}")
                 means.add(losses, len(batch["index"]))
         return {f"valid_{name}": value for name, value in means.of_all_ranks().result().items()}
+
+
+def kept_in_eval(student: nn.Module) -> list[nn.Module]:
+    """Return the modules of a student that its user froze, and that a training leaves in eval mode.
+
+    These are the modules in eval mode where a layer is in train mode, for then somebody chose (a network that is in
+    eval mode as a whole was only looked at); and each batch norm whose own parameters are all frozen.
+    """
+    modules = list(student.modules())
+    chosen = any(module.training for module in modules if next(module.children(), None) is None)
+    return [module for module in modules if (chosen and not module.training) or _frozen_norm(module)]
+
+
+def _frozen_norm(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False)) if isinstance(module, _NormBase) else []
+    return bool(own) and not any(parameter.requires_grad for parameter in own)
+
+
+def to_train_mode(distiller: Distiller, kept: Collection[nn.Module]) -> None:
+    """Put a distiller into train mode, but for some modules."""
+    distiller.train()
+    for module in kept:
+        module.training = False  # eval() would take those inside along
 
 
 def samples_of(batch: Batch, dataset: Any) -> str:
