@@ -485,11 +485,11 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except KdlibError as error:
-        if rank > 0 and isinstance(error, RankError):  # rank 0 passes it on as well
-            sys.exit(2)
-        _print(f"{who}error: {error} [{error.page}]", errors)
-        for note in getattr(error, "__notes__", []):
-            _print(f"  {note}", errors)
+        passed_on = isinstance(error, RankError)  # its text names the rank that failed, and one rank says it
+        if rank == 0 or not passed_on:
+            _print(f"{'' if passed_on else who}error: {error} [{error.page}]", errors)
+            for note in getattr(error, "__notes__", []):
+                _print(f"  {note}", errors)
         sys.exit(2)
     except Exception:
         _print(f"{who}{traceback.format_exc()}", errors)
