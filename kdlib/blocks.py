@@ -58,11 +58,25 @@ class Pretrain(Strict):
     train: Block = Field(default_factory=dict)
 
 
+class Inference(Strict):
+    """How a teacher runs while it labels for a student (``teacher.inference``); it is trained as ``train`` says.
+
+    ``precision`` and ``layout`` are those of the student's training where they are not given. With a precision a copy
+    of the teacher has its weights and inputs in that type. ``compile`` takes it through ``torch.compile``, which costs
+    seconds at the start; a training gains nothing by that and is not compiled.
+    """
+
+    precision: Literal["fp32", "bf16"] | None = None
+    layout: Literal["contiguous", "channels_last"] | None = None
+    compile: bool = False
+
+
 class TeacherBlock(Strict):
-    """The teacher: trained on hard labels, or loaded."""
+    """The teacher: trained on hard labels, or loaded; and how it runs while it labels."""
 
     model: Block | None = None
     train: Block = Field(default_factory=dict)
+    inference: Inference = Inference()
     weights: RecipePath | None = None
     pretrain: Pretrain | None = None
     cross_fit: Annotated[int, Field(ge=2)] | None = None
