@@ -24,7 +24,7 @@ CLEAN = -1
 
 @dataclass(frozen=True)
 class Parts:
-    """A data set split for one training, satisfying :class:`kdlib.DataParts`."""
+    """A data set split for one training, satisfying :class:`kdlib.interfaces.DataParts`."""
 
     train: DataPart
     valid: DataPart | None

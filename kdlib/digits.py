@@ -27,6 +27,11 @@ def digits(
 
     Raises:
         DataError: scikit-learn is not installed, or too few images would be left to test on.
+
+    Example:
+        >>> data = digits(train=100, valid=50)
+        >>> len(data.train), len(data.valid), len(data.test), tuple(data.train[(0, 0)]["x"].shape)
+        (100, 50, 1647, (64,))
     """
     try:
         from sklearn.datasets import load_digits

@@ -10,6 +10,17 @@ from typing import Any
 class KdlibError(Exception):
     """A user's error: its text says what is wrong, where, and what to do. The command line exits with 2."""
 
+    @property
+    def page(self) -> str:
+        """The section of the documentation with cause and cure; a plugin's own error has that of its base.
+
+        Example:
+            >>> TapError("no tap").page
+            'errors.html#taperror'
+        """
+        nearest = next(one for one in type(self).__mro__ if one.__module__ == __name__)
+        return f"errors.html#{nearest.__name__.lower()}"
+
 
 class TapError(KdlibError):
     """A tap is missing, did not fire, fired twice, or was changed in place."""

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ CHECKSUM = "kdlib_sha256"
 BLANK = "0" * 64
 WRITER = {"written_by": "kdlib"}
 """A second note, so that a file whose first is damaged does not pass for one of another program."""
+SUMS = "SHA256SUMS"
+"""The checksums of the files of a folder, as ``sha256sum -c`` reads them."""
+DEEPEST = 50
+"""Tables and lists inside one another in a file that is read; no file of ours comes near."""
 
 
 def make_folder(folder: Path) -> None:
@@ -76,6 +80,25 @@ def write_atomically(path: Path, data: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def append(path: Path, data: bytes) -> None:
+    """Write at the end of a file.
+
+    Raises:
+        KdlibError: it cannot be written; the file is as it was.
+    """
+    try:
+        with path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise KdlibError(f"{path}: {len(data):,} bytes cannot be written: {error.strerror or error}.") from error
+
+
 def remove_left_over(folder: Path) -> None:
     """Remove what processes of this machine that were killed had begun to write into a folder."""
     for beside in folder.glob(f".*.{HOST}.*"):
@@ -98,6 +121,68 @@ def _runs(process: int) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON."""
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; one that is no JSON, or too deep, is a ValueError."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    refuse_deep(value)
+    return value
+
+
+def refuse_deep(value: Any) -> None:
+    """Refuse a value that would exhaust the stack of whatever walks through it (ValueError)."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [inner for one in level if isinstance(one, dict | list) for inner in _values(one)]
+    if level:
+        raise ValueError("nested too deeply")
+
+
+def _values(table: dict[str, Any] | list[Any]) -> Collection[Any]:
+    return table.values() if isinstance(table, dict) else table
+
+
+def read_bounded(path: Path, largest: int) -> bytes:
+    """Return the contents of a file of at most so many bytes.
+
+    Raises:
+        KdlibError: it is larger, cannot be read, or is no file.
+    """
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise KdlibError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}.")
+        with path.open("rb") as file:
+            data = file.read(largest + 1)
+    except (OSError, ValueError) as error:
+        raise KdlibError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if len(data) > largest:
+        raise KdlibError(f"{path}: larger than {largest:,} bytes, and not what it should be.")
+    return data
+
+
+def write_sums(folder: Path, names: Iterable[str]) -> None:
+    """Write the checksums of some files of a folder beside them."""
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    write_atomically(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
+
+
+def read_checked(folder: Path, name: str, largest: int) -> bytes:
+    """Return the contents of a file of which ``SHA256SUMS`` holds the checksum.
+
+    Raises:
+        KdlibError: it cannot be read, or it and its checksum do not agree.
+    """
+    data = read_bounded(folder / name, largest)
+    lines = read_bounded(folder / SUMS, largest).splitlines()
+    if f"{hashlib.sha256(data).hexdigest()}  {name}".encode() not in lines:
+        raise KdlibError(
+            f"{folder / name}: damaged, or changed by hand: it and {SUMS} do not agree. Copy the folder again."
+        )
+    return data
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
@@ -169,6 +254,6 @@ def _checked(path: Path) -> dict[str, str]:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +17,13 @@ from kdlib.batch import LAYOUTS
 from kdlib.data import CLEAN, Loader, as_part
 from kdlib.distiller import Distiller, untouched
 from kdlib.errors import KdlibError, TrainingError, did_you_mean
-from kdlib.files import write_json
+from kdlib.files import make_folder, write_json
 from kdlib.interfaces import SoftLabelSource
 from kdlib.keyed import default_generators_keyed
 from kdlib.log import Callback, Event, csv_log, jsonl_log, progress_bar
 from kdlib.place import PRECISIONS, Place, device_of, threads_set
 from kdlib.progress import track
-from kdlib.training import Choice, History, Training, samples_of
+from kdlib.training import Choice, History, Training, kept_in_eval, samples_of, to_train_mode
 from kdlib.worth import Hits, described, hits
 
 JUDGED = 200
@@ -69,6 +69,11 @@ def fit(
     The run is a function of the seed: the order of the rows, augmentation and dropout are keyed by (seed, epoch,
     index) and (seed, step), so the number of workers changes nothing, and the caller's random state is left alone.
     Equal bits also want an equal number of threads.
+
+    Each epoch trains in train mode and validates in eval mode; at the end all modes are as they were. What the user
+    froze stays frozen: a batch norm whose own weights have ``requires_grad = False`` keeps its statistics; and where
+    some layers of the student are in train mode and some modules in eval mode, those in eval mode stay so. A student
+    that is in eval mode as a whole, as after a look at its accuracy, is trained as a whole.
 
     Args:
         distiller: what to train.
@@ -126,10 +131,11 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(threads_set(threads))
         stack.enter_context(_modes_restored(distiller))
+        kept = kept_in_eval(distiller.student)
         place.module(distiller)
         _prepare(distiller, parts["training"], batch, place, seed)
         for name, part in parts.items():
-            _try_last_batch(distiller, part, batch, place, seed, name)
+            _try_last_batch(distiller, kept, part, batch, place, seed, name)
         maker = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
         stepper = maker([parameter for parameter in distiller.parameters() if parameter.requires_grad], lr=lr)
         steps = epochs * -(-len(loader) // accumulate)
@@ -145,6 +151,7 @@ def fit(
             seed=seed,
             accumulate=accumulate,
             clip=clip,
+            kept=kept,
         )
         tell = _listeners(stack, callbacks, progress, steps, folder)
         if distiller.source is not None:
@@ -176,7 +183,9 @@ def _prepare(distiller: Distiller, part: Any, batch: int, place: Place, seed: in
         raise TrainingError(f"The distiller does not pass its check on the first batch.\n{report}\n{samples}")
 
 
-def _try_last_batch(distiller: Distiller, part: Any, batch: int, place: Place, seed: int, name: str) -> None:
+def _try_last_batch(
+    distiller: Distiller, kept: Collection[nn.Module], part: Any, batch: int, place: Place, seed: int, name: str
+) -> None:
     """Refuse a last batch that is too small for a batch norm or a point, before an epoch is spent on getting there."""
     rest = len(part) % batch
     if not rest:
@@ -186,7 +195,10 @@ def _try_last_batch(distiller: Distiller, part: Any, batch: int, place: Place, s
         torch.no_grad(),
         default_generators_keyed(place.device, seed, "step", "last batch"),
     ):
-        distiller.train(name == "training")
+        if name == "training":
+            to_train_mode(distiller, kept)
+        else:
+            distiller.eval()
         rows = next(Loader(part, batch=rest, shuffle=False, keyed=True).epoch(CLEAN))
         try:
             place.forward(distiller, {**place.batch(rows), "clock": lambda: (int(distiller.step), 0)})
@@ -250,8 +262,8 @@ def _listeners(
         title = progress if isinstance(progress, str) else "training"
         listeners.append(stack.enter_context(progress_bar(steps, title)))
     if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        listeners += [stack.enter_context(log(Path(folder))) for log in (csv_log, jsonl_log)]
+        make_folder(Path(folder))
+        listeners += [log(Path(folder)) for log in (csv_log, jsonl_log)]
 
     def tell(event: Event) -> None:
         for listener in listeners:

@@ -82,7 +82,7 @@ class DataPart(Protocol):
 
     @property
     def groups(self) -> Sequence[str]:
-        """The recording, place or speaker of each item: what must not be split between parts."""
+        """The recording, place or speaker of each item, which must not be split between parts."""
         ...
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from kdlib.distiller import Distiller, Losses
+from kdlib.files import append, write_atomically
 
 
 class Event(NamedTuple):
@@ -47,58 +49,54 @@ def progress_bar(steps: int, title: str = "training") -> Iterator[Callback]:
     with Progress(*columns, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=steps, terms="")
         means: Mapping[str, float] = {}
+        waiting = 0.0
 
         def show(event: Event) -> None:
-            nonlocal means
+            nonlocal means, waiting
             if event.kind == "step" and console.is_terminal and not bar.finished:
                 terms = " ".join(f"{name} {float(value):.4g}" for name, value in event.losses.terms.items())
                 text = f"epoch {event.epoch + 1}  {terms}  lr {event.record['lr']:.2g}"
                 bar.update(task, completed=event.step, terms=text)
             elif event.kind == "epoch":
                 means = {name: value for name, value in event.record.items() if name in event.losses.terms}
+                waiting = event.record["waiting"]
             elif event.kind == "end":
                 terms = " ".join(f"{name} {value:.4g}" for name, value in means.items())
                 taken = f"{event.epoch + 1} epochs, {event.step} steps, {time.perf_counter() - started:.1f} s"
-                console.print(f"{title}: {taken}, {terms} in the last", markup=False, highlight=False, soft_wrap=True)
+                line = f"{title}: {taken}, {terms} in the last, {100 * waiting:.0f} % of it waiting for data"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         yield show
 
 
-@contextmanager
-def csv_log(folder: Path) -> Iterator[Callback]:
-    """Write one line an epoch to ``metrics.csv``; a term that comes later gets its column from the beginning."""
-    with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
-        records: list[Mapping[str, float]] = []
-        writer: csv.DictWriter[str] = csv.DictWriter(file, [])
+def csv_log(folder: Path) -> Callback:
+    """Keep ``metrics.csv``, one line an epoch, written anew each time: a term that comes later has its column too."""
+    path = folder / "metrics.csv"
+    records: list[Mapping[str, float]] = []
+    write_atomically(path, b"")
 
-        def write(event: Event) -> None:
-            if event.kind != "epoch":
-                return
-            records.append(event.record)
-            unwritten = records[-1:]
-            columns = list(dict.fromkeys([*writer.fieldnames, *event.record]))
-            if columns != writer.fieldnames:
-                file.seek(0)
-                writer.fieldnames = columns
-                writer.writeheader()
-                unwritten = records
-            writer.writerows(unwritten)
-            file.flush()
+    def write(event: Event) -> None:
+        if event.kind != "epoch":
+            return
+        records.append(event.record)
+        columns = list(dict.fromkeys(name for record in records for name in record))
+        writer = csv.DictWriter(text := io.StringIO(newline=""), columns)
+        writer.writeheader()
+        writer.writerows(records)
+        write_atomically(path, text.getvalue().encode())
 
-        yield write
+    return write
 
 
-@contextmanager
-def jsonl_log(folder: Path) -> Iterator[Callback]:
+def jsonl_log(folder: Path) -> Callback:
     """Write one line a step to ``metrics.jsonl``."""
-    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+    path = folder / "metrics.jsonl"
+    write_atomically(path, b"")
 
-        def write(event: Event) -> None:
-            if event.kind == "step":
-                terms = {name: float(value) for name, value in event.losses.terms.items()}
-                line = {"step": event.step, "epoch": event.epoch, **event.record, "total": event.losses.total.item()}
-                file.write(json.dumps({**line, "terms": terms}) + "\n")
-            elif event.kind == "epoch":
-                file.flush()
+    def write(event: Event) -> None:
+        if event.kind == "step":
+            terms = {name: float(value) for name, value in event.losses.terms.items()}
+            line = {"step": event.step, "epoch": event.epoch, **event.record, "total": event.losses.total.item()}
+            append(path, (json.dumps({**line, "terms": terms}) + "\n").encode())
 
-        yield write
+    return write

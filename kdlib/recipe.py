@@ -23,7 +23,8 @@ from kdlib.blocks import (
     TeacherBlock,
     Train,
 )
-from kdlib.errors import PluginError, RecipeError, did_you_mean
+from kdlib.errors import KdlibError, PluginError, RecipeError, did_you_mean
+from kdlib.files import parse_json, read_bounded, refuse_deep
 from kdlib.registry import Plugin, Registry, registry
 from kdlib.schedules import Between, Value
 from kdlib.settings import CommandLineText, Strict, validated
@@ -31,9 +32,11 @@ from kdlib.sources import Stored
 
 FUSED = "fusion"
 """The system under which the rows of the fusion stand."""
-COLUMNS = ("epoch", "step", "lr", "total", "seconds")
-LARGEST = 1 << 20
+COLUMNS = ("epoch", "step", "lr", "total", "seconds", "waiting")
+LARGEST = 1 << 19
 """Bytes of a recipe file."""
+DOTTED = 300
+"""Dots in a line of TOML: the time that a key takes grows with the square of its dots, or faster."""
 
 
 @dataclass(frozen=True)
@@ -235,23 +238,27 @@ def find(recipe: str | Path) -> Path:
 def text_of(path: Path) -> str:
     """Return the text of a recipe file, of bounded size."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise RecipeError(f"{path}: a recipe has at most {LARGEST} bytes.")
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such file.") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: {error}") from None
+        return read_bounded(path, LARGEST).decode()
+    except (KdlibError, UnicodeDecodeError) as error:
+        raise RecipeError(str(error) if isinstance(error, KdlibError) else f"{path}: {error}") from None
 
 
 def _load(path: Path) -> Block:
     text = text_of(path)
     try:
-        loaded = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        loaded = parse_json(text) if path.suffix == ".json" else _toml(text)
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: {error}") from None
     if not isinstance(loaded, dict):
         raise RecipeError(f"{path}: a recipe is a table.")
+    return loaded
+
+
+def _toml(text: str) -> Block:
+    if any(line.count(".") > DOTTED for line in text.split("\n")):
+        raise ValueError(f"a line of a recipe has at most {DOTTED} dots")
+    loaded = tomllib.loads(text)
+    refuse_deep(loaded)
     return loaded
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import io
-import json
 import os
 import platform
 import time
@@ -21,15 +20,18 @@ import torch
 from kdlib import figures
 from kdlib.building import facts_of
 from kdlib.errors import KdlibError, RecipeError
-from kdlib.files import write_atomically, write_json
+from kdlib.files import parse_json, read_checked, write_atomically, write_json, write_sums
 from kdlib.fusion import Scores, fuse
 from kdlib.interfaces import DataPart, DataParts
 from kdlib.metrics import confusion_matrix, macro_accuracy, wilson_interval
 from kdlib.recipe import FUSED, Part, Recipe
+from kdlib.recipe import LARGEST as RECIPE
 from kdlib.registry import build
 from kdlib.system import train_system
 from kdlib.versions import versions
 
+RESULT = 1 << 26
+"""Bytes of a ``result.json`` that is read."""
 ROLES = ("without", "continued", "alone", "with")
 
 
@@ -99,21 +101,23 @@ def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], 
         result["skipped"] = dict(pair for pairs in skipping for pair in pairs)
     _write_predictions(folder / "predictions.csv", pooled, classes)
     write_json(folder / "result.json", result)
+    write_sums(folder, ("recipe.json", "predictions.csv", "result.json"))
     if no_pictures is None:
         figures.draw(folder, result)
     return folder
 
 
 def read_result(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
-    """Return what ``result.json`` of a finished run holds.
+    """Return what ``result.json`` of a finished run holds; it and ``recipe.json`` are compared with their checksums.
 
     Raises:
-        KdlibError: there is none, or it is not that of a run, for it lacks a wanted key.
+        KdlibError: there is none, one of the two is damaged, or it is not that of a run, for it lacks a wanted key.
     """
+    if not (folder / "result.json").exists():
+        raise KdlibError(f"{folder}: no finished run; it has no result.json.")
+    read_checked(folder, "recipe.json", RECIPE)
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise KdlibError(f"{folder}: no finished run; it has no result.json.") from None
+        result = parse_json(read_checked(folder, "result.json", RESULT))
     except ValueError as error:
         raise KdlibError(f"{folder}: result.json cannot be read: {error}.") from None
     lacking = set(wanted) - set(result if isinstance(result, dict) else ())

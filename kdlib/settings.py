@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, create_model
 from pydantic.errors import PydanticSchemaGenerationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 from torch import nn
 
 from kdlib.errors import PluginError, RecipeError, did_you_mean
 
+MOST = 50
+"""Problems of a block that are spelled out."""
 LIVE = ("teacher", "student", "data", "sources", "points")
 """The names that a plugin's positional arguments may have."""
 FACTS = ("classes", "channels", "rate")
@@ -60,6 +63,7 @@ def _read(
 ) -> tuple[tuple[str, ...], type[Strict]]:
     live: list[str] = []
     fields: dict[str, Any] = {}
+    explained = arguments_in(inspect.getdoc(build) or "")
     for parameter in inspect.signature(build).parameters.values():
         argument = parameter.name
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -80,10 +84,22 @@ def _read(
         annotation = _adapted(hints[argument])
         if argument in FACTS and kind in ("model", "features"):
             annotation, default = annotation | None, None
-        fields[argument] = (annotation, default)
+        fields[argument] = (Annotated[annotation, Field(description=explained.get(argument))], default)
     with warnings.catch_warnings():  # a setting may be called "copy" or "json"; we never call those methods
         warnings.filterwarnings("ignore", message=".*shadows an attribute", category=UserWarning)
         return tuple(live), create_model(name, __base__=Strict, **fields)
+
+
+def arguments_in(docstring: str) -> dict[str, str]:
+    """Return what the ``Args:`` of a docstring say, by argument.
+
+    Example:
+        >>> arguments_in("A point." + chr(10) + "Args:" + chr(10) + "    tap: the tap," + chr(10) + "        by name.")
+        {'tap': 'the tap, by name.'}
+    """
+    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", docstring, flags=re.MULTILINE)
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section.group(1) if section else "", flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def validated(
@@ -111,7 +127,8 @@ def _explained(
 ) -> Iterable[str]:
     """Yield one line a place: a union's members each give an error, which belong together."""
     by_place: dict[str, list[str]] = {}
-    for problem in error.errors():
+    problems = error.errors(include_url=False)
+    for problem in problems[:MOST]:
         keys = _place(problem, block)
         place = ".".join([at, *keys] if at else keys) or "the recipe"
         if problem["type"] == "extra_forbidden":
@@ -128,6 +145,8 @@ def _explained(
     for place, texts in by_place.items():
         if not any(other.startswith(f"{place}.") for other in by_place):  # the member of the union that was meant
             yield f"{place}: {' Or: '.join(dict.fromkeys(texts))}"
+    if len(problems) > MOST:
+        yield f"and {len(problems) - MOST} more problems"
 
 
 def _known(model: type[BaseModel], keys: list[str]) -> Iterable[str]:

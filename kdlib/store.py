@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdlib.errors import DataError
-from kdlib.files import make_folder, remove_left_over, require_room, write_atomically
+from kdlib.files import make_folder, parse_json, remove_left_over, require_room, write_atomically
 from kdlib.settings import Strict
 
 MANIFEST = "manifest.json"
@@ -25,6 +26,8 @@ LARGEST = 1 << 20
 """Bytes of a manifest, and of the header of a shard."""
 SHARD = 32 << 20
 """Bytes of a shard where its maker does not say how many rows."""
+SEAL = re.compile(r"(\d{5}|[1-9]\d{5,})\.safetensors\.sha256")
+"""The name of what is written last of a shard."""
 SHOWN = 10
 """Differences between two manifests that a message spells out."""
 
@@ -67,7 +70,7 @@ class Store:
     A copy that was pickled, for a loader's worker, opens the shards anew.
 
     Args:
-        folder: made by :func:`make_store`.
+        folder: made by ``make_store``.
 
     Attributes:
         manifest: what the store is.
@@ -148,6 +151,11 @@ class Store:
         """Return whether a shard was written to its end; :meth:`check` says whether it still is what was written."""
         return _beside(self.path(shard)).exists()
 
+    def finished(self) -> list[int]:
+        """Return the numbers of the written shards, by one look at the folder: a manifest may tell of any number."""
+        found = (SEAL.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in found if match and int(match[1]) < self.shards)
+
     def check(self, shard: int) -> None:
         """Refuse a shard that is missing or damaged, with its name (DataError)."""
         self._open(shard)
@@ -192,6 +200,10 @@ class Store:
         """Return all rows of one array in memory, (rows, *shape): for a store that fits, the quickest to take from."""
         number = list(self.manifest.arrays).index(name)
         _, dtype, shape, _ = self._forms[number]
+        if len(self.finished()) < self.shards:
+            raise DataError(f"{self.folder}: the store is not finished.")
+        for shard in range(self.shards):  # before room is made for rows that only a forged manifest tells of
+            self._open(shard)
         filled = np.empty((len(self), *shape), dtype)
         for shard in range(self.shards):
             rows = self.span(shard)
@@ -207,8 +219,12 @@ class Store:
 
     def _checked(self, shard: int) -> list[memoryview]:
         path = self.path(shard)
+        for file in (path, _beside(path)):
+            if not file.is_file() and file.exists():  # a pipe would be waited for
+                raise DataError(f"{file}: not a file.")
         try:
-            seal = _beside(path).read_bytes()
+            with _beside(path).open("rb") as beside:
+                seal = beside.read(LARGEST)
             # Unlike mmap's, torch's map holds no file descriptor: there may be more shards than a process may have.
             raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
         except FileNotFoundError as error:
@@ -222,7 +238,7 @@ class Store:
         data = raw.data.toreadonly()
         try:
             start = 8 + int.from_bytes(data[:8], "little")
-            header = json.loads(bytes(data[8 : min(start, LARGEST)]))
+            header = parse_json(bytes(data[8 : min(start, LARGEST)]))
             arrays = []
             for name, _, _, length in self._forms:
                 first, last = header[name]["data_offsets"]
@@ -230,7 +246,7 @@ class Store:
                 if first < 0 or not last - first == len(array) == length * len(self.span(shard)):
                     raise ValueError(f"'{name}' lies at {first} to {last}")
                 arrays.append(array)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: holds something else than {MANIFEST} says: {error}") from None
         return arrays
 
@@ -279,7 +295,7 @@ def make_store(
         raise DataError(
             f"{folder}: was made of something else. Name another folder, or delete this one.\n{listed(found)}"
         )
-    missing = sum(len(store.span(shard)) for shard in range(store.shards) if not store.written(shard))
+    missing = rows - sum(len(store.span(shard)) for shard in store.finished())
     if missing:  # what can be known before hours of computing is said before them
         make_folder(folder)
         require_room(folder, missing * store.row_bytes)
@@ -288,18 +304,20 @@ def make_store(
 
 def _read_manifest(path: Path) -> Manifest:
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: not a file.")
         with path.open("rb") as file:
             data = file.read(LARGEST)  # a longer one is cut, and refused
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Is this the folder of a store?") from None
     try:
-        plain = json.loads(data)
+        plain = parse_json(data)
         del plain["sha256"]
         manifest = Manifest.model_validate(plain)
         if manifest.text().encode() == data:
             return manifest
         reason = "its sha256 is of something else"
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         reason = str(error).partition("\n")[0]
     raise DataError(f"{path}: damaged, or not a store's: {reason}. Delete the folder and make it anew.")
 

@@ -58,7 +58,7 @@ def build_store(
 
     Args:
         source: holds frozen teachers and does not change during training.
-        part: the data. It needs ``fingerprint(index)`` and ``made_by`` (see :class:`kdlib.DataPart`).
+        part: the data. It needs ``fingerprint(index)`` and ``made_by`` (see :class:`kdlib.interfaces.DataPart`).
         folder: is made where it is missing.
         views: epochs to draw, from 0. 0 stores the view without augmentation alone, which is what validation wants.
             Where nothing changes from epoch to epoch, that view is stored alone and serves for all.
@@ -236,7 +236,7 @@ def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
             bar.advance(task)
     if ranks.grouped():
         distributed.barrier()
-    if wrote and rank == 0 and all(store.written(shard) for shard in range(store.shards)):
+    if wrote and rank == 0 and len(store.finished()) == store.shards:
         for name, error in rounding(store).items():
             get_console().print(
                 f"{title}: '{name}' kept as float16, at most {error:.2g} from what was computed", markup=False

@@ -65,20 +65,24 @@ class Tapped(nn.Module):
         now = self._pass
         now.captured = captured = {}
         now.with_gradient = torch.is_grad_enabled()
+        now.watched = not torch.compiler.is_compiling()
         now.versions = {}
         try:
-            output = self.model(*args, **kwargs)
+            output = self._modules["model"](*args, **kwargs)  # type: ignore[misc]  # found sooner than self.model
         finally:
             now.captured = None
         for name, picks in self._own.items():
             captured[name] = _pick(output, picks, name, self)
-        for name, path in self.taps.items():
+        taps = {}
+        for name in self.taps:
             if name not in captured:
+                path = self.taps[name]
                 raise TapError(f"Tap '{name}' did not fire: module '{path}' was not called in this forward.")
-        if not torch.compiler.is_compiling():
+            taps[name] = captured[name]
+        if now.watched:
             self._refuse_changed(captured)
         now.versions = {}
-        return {name: captured[name] for name in self.taps}
+        return taps
 
     def remove(self) -> None:
         """Take the hooks off the model. The Tapped is of no use afterwards; the model is as it was."""
@@ -105,7 +109,7 @@ class Tapped(nn.Module):
                 f"Tap '{name}': module '{self.taps[name]}' ran without gradients, under torch.no_grad or in a "
                 "re-entrant checkpoint; a point on it would train nothing. Use checkpoint(..., use_reentrant=False)."
             )
-        tap = _pick(output, picks, name, self)
+        tap = output if isinstance(output, Tensor) and not picks else _pick(output, picks, name, self)
         previous = now.captured.get(name)
         if previous is not None and previous.requires_grad == tap.requires_grad:
             raise TapError(
@@ -114,7 +118,7 @@ class Tapped(nn.Module):
             )
         if previous is None or tap.requires_grad:  # of two captures, the one without gradient must not win
             now.captured[name] = tap
-            if not torch.compiler.is_compiling() and not tap.is_inference():
+            if now.watched and not tap.is_inference():
                 now.versions[name] = tap._version
 
     def _refuse_changed(self, captured: Mapping[str, Tensor]) -> None:
@@ -132,6 +136,7 @@ class _Pass:
     def __init__(self) -> None:
         self.captured: dict[str, Tensor] | None = None
         self.with_gradient = False
+        self.watched = False
         self.versions: dict[str, int] = {}
 
 
@@ -194,7 +199,7 @@ def checked_taps(output: Any, role: str) -> Taps:
 
     What is no tensor, such as a named output's tuple of all hidden states, is no tap; Tapped picks from it.
     """
-    if not isinstance(output, Mapping):
+    if not isinstance(output, dict | Mapping):  # a dictionary is found out sooner
         raise TapError(
             f"The {role} returned {_describe(output)}, not taps. Wrap it: "
             "kdlib.Tapped(model, logits=\"\") names its output 'logits'."
@@ -357,7 +362,8 @@ def freeze(
         dtype: run a copy in this type, outside of the caller's autocast; taps come back in the input's type.
         layout: lay out weights and inputs of four axes so. Default: the weights as they are, inputs as they come.
         compile: run it through ``torch.compile``, from the first call on (which takes seconds, and again where the
-            shape of the input changes). On a CPU this wants a C++ compiler. Values are equal up to rounding.
+            shape of the input changes). On a CPU this wants a C++ compiler. Values are equal up to rounding. A further
+            :class:`Tapped` on the model must be made before that call: its taps do not fire afterwards.
         device: stay on this device and bring the taps back. Default: follow the input.
         classes: the names of the logits' columns, for :meth:`Frozen.aligned`.
 

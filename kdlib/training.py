@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import LRScheduler
 
 from kdlib.batch import tensors_in
@@ -31,11 +32,12 @@ class History:
 
     epochs: list[dict[str, float]] = field(default_factory=list)
     """``epoch``, ``step``, ``lr``, ``seconds``, ``total`` and each term as means over the epoch's rows; with a
-    validation part the same with ``valid_`` before the name."""
+    validation part the same with ``valid_`` before the name. ``waiting`` is the share of the time of the epoch's steps
+    in which they waited for data: what loading takes, or with workers what it takes longer than the steps do."""
     best: int = -1
     """The epoch whose weights were kept."""
     teacher: dict[str, Hits] = field(default_factory=dict)
-    """How often the teacher is right before the first step, (right, rows): of ``training`` and ``validation``,
+    """How often the teacher is right before the first step, (right, rows), of ``training`` and ``validation``,
     ``through the source`` and ``on the student's input alone``. Empty without a source."""
     difference: dict[str, float] = field(default_factory=dict)
     """What the source's ``difference`` says of the training part. Empty where it has none."""
@@ -111,6 +113,8 @@ class Training:
     seed: int
     accumulate: int
     clip: float | None
+    kept: Collection[nn.Module] = ()
+    """Modules of the student that stay in eval mode (see :func:`kept_in_eval`)."""
 
     history: History = field(default_factory=History)
     step: int = 0
@@ -123,6 +127,8 @@ class Training:
     """Of the epoch at work so far."""
     seconds: float = 0.0
     """What the epoch at work has taken so far."""
+    waited: float = 0.0
+    """How much of it was waiting for data."""
     last: tuple[Losses, float] | None = None
     """The losses of the last batch, and the learning rate of its step."""
 
@@ -134,7 +140,7 @@ class Training:
     def run(self, tell: Callback) -> None:
         """Train to the end, and give the distiller the chosen weights."""
         while not self.over:
-            self.distiller.train()
+            to_train_mode(self.distiller, self.kept)
             batches = self.train.epoch(self.epoch, start=self.batch)
             while self.take_step(batches, tell):
                 pass
@@ -147,6 +153,7 @@ class Training:
         group = self._fetched(batches)
         if not group:
             return False
+        self.waited += time.perf_counter() - started
         self.optimizer.zero_grad()
         where = f"step {self.step}, epoch {self.epoch}"
         with self._keyed(self.step), _buffers_restored_on_error(self.distiller.student):
@@ -174,10 +181,11 @@ class Training:
         if self.valid is not None:
             record |= self._validate(self.valid)
         record["seconds"] = self.seconds + time.perf_counter() - started
+        record["waiting"] = self.waited / self.seconds
         self.history.epochs.append(record)
         self.choice.see(self.epoch, record.get("valid_total"), self.distiller)
         tell(Event("epoch", self.step, self.epoch, losses, self.distiller, record))
-        self.epoch, self.batch, self.means, self.seconds = self.epoch + 1, 0, Means(), 0.0
+        self.epoch, self.batch, self.means, self.seconds, self.waited = self.epoch + 1, 0, Means(), 0.0, 0.0
 
     def _keyed(self, *key: int | str) -> Any:
         return default_generators_keyed(self.place.device, self.seed, "step", *key)
@@ -219,6 +227,29 @@ class Training:
                 _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {self.epoch}")
                 means.add(losses, _rows(batch))
         return {f"valid_{name}": value for name, value in means.result().items()}
+
+
+def kept_in_eval(student: nn.Module) -> list[nn.Module]:
+    """Return the modules of a student that its user froze, and that a training leaves in eval mode.
+
+    These are the modules in eval mode where a layer is in train mode, for then somebody chose (a network that is in
+    eval mode as a whole was only looked at); and each batch norm whose own parameters are all frozen.
+    """
+    modules = list(student.modules())
+    chosen = any(module.training for module in modules if next(module.children(), None) is None)
+    return [module for module in modules if (chosen and not module.training) or _frozen_norm(module)]
+
+
+def _frozen_norm(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False)) if isinstance(module, _NormBase) else []
+    return bool(own) and not any(parameter.requires_grad for parameter in own)
+
+
+def to_train_mode(distiller: Distiller, kept: Collection[nn.Module]) -> None:
+    """Put a distiller into train mode, but for some modules."""
+    distiller.train()
+    for module in kept:
+        module.training = False  # eval() would take those inside along
 
 
 def samples_of(batch: Batch, dataset: Any) -> str:

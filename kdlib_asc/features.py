@@ -141,7 +141,7 @@ def log_mel(
         window: the window, whose length is the frame's and the FFT's.
         hop: samples from one frame to the next.
         filters: (coefficients, bins).
-        blocks: of :func:`band_blocks`, to spare finding them anew.
+        blocks: of ``band_blocks``, to spare finding them anew.
 
     Returns:
         Natural logarithms of power, (..., frames, coefficients).

@@ -47,7 +47,7 @@ def one_vs_rest(decisions: np.ndarray, classes: int) -> np.ndarray:
 class Svm:
     """A support vector classifier on embeddings.
 
-    Two classes: scores are (-s, s) with s the decision for the higher one. More: see :func:`one_vs_rest`. The
+    Two classes: scores are (-s, s) with s the decision for the higher one. More: see ``one_vs_rest``. The
     predicted class is the argmax of the scores; of equal ones the lowest. Scores are computed by numpy from the
     arrays of ``state()``, in float64, whether the machine was just fitted or loaded; they equal those of
     ``sklearn.svm.SVC(decision_function_shape="ovr", break_ties=True)`` to 1e-12. Only ``fit`` needs scikit-learn.

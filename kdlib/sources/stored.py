@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from kdlib.batch import NamedBatch, tensors_in
 from kdlib.errors import BatchError, DataError, TapError
 from kdlib.fingerprints import data_of
 from kdlib.interfaces import Batch, DataPart, Taps, Teacher
-from kdlib.settings import RecipePath
+from kdlib.settings import RecipePath, Strict
 from kdlib.sources.parts import Alike, Item, Key
-from kdlib.store import MANIFEST, Store, differences, listed
+from kdlib.store import MANIFEST, Store, Whole, differences, listed
 
 KEY = "stored"
 """The key that ``dataset`` adds to an item where there are stores of several parts: which it belongs to."""
@@ -24,6 +25,45 @@ SOFT_LABELS = "soft labels"
 """What the manifest of a store of soft labels says that it holds."""
 ERROR = "float16 error"
 """The array in which a row says by how much each of its taps differs from float32, taps by name."""
+
+
+class Told(Strict):
+    """A part of what a manifest says; it may say more."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class TeacherMade(Told):
+    """A teacher, as a manifest tells of it."""
+
+    kind: str = Field(alias="class")
+    state: str
+
+
+class SourceMade(Told):
+    """A source, with those inside it."""
+
+    kind: str = Field(alias="class")
+    settings: dict[str, Any]
+    teacher: TeacherMade | None = None
+    sources: dict[str, SourceMade] = {}  # noqa: RUF012
+
+
+class DataMade(Told):
+    """A data part."""
+
+    rows: Whole
+    items: str
+    classes: list[str] | None
+
+
+class LabelsMade(Told):
+    """What a store of soft labels is made of, as far as it is read."""
+
+    views: Whole
+    changes: bool
+    source: SourceMade
+    data: DataMade
 
 
 class Stored:
@@ -70,10 +110,10 @@ class Stored:
         self.folder = Path(folder)
         self.stores = open_stores(self.folder)
         for store in self.stores:
-            missing = [shard for shard in range(store.shards) if not store.written(shard)]
+            missing = store.shards - len(store.finished())
             if missing:
                 raise DataError(
-                    f"{store.folder}: not finished: {len(missing)} of {store.shards} shards are missing. Build it "
+                    f"{store.folder}: not finished: {missing} of {store.shards} shards are missing. Build it "
                     "again, in the same way; it goes on where it was."
                 )
             if teacher is not None:
@@ -135,6 +175,17 @@ def open_stores(folder: Path) -> list[Store]:
     for store in stores:
         if store.manifest.made_of.get("what") != SOFT_LABELS:
             raise DataError(f"{store.folder}: a store of {store.manifest.made_of.get('what')}, not of {SOFT_LABELS}.")
+        try:
+            made = LabelsMade.model_validate(store.manifest.made_of)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            place = ".".join(map(str, problem["loc"]))
+            raise DataError(f"{store.folder}: its manifest is not that of a store: {place}: {problem['msg']}") from None
+        if len(store) != made.data.rows * (1 + made.views):
+            raise DataError(
+                f"{store.folder}: its manifest is not that of a store: {len(store)} rows for {made.data.rows} samples "
+                f"in {1 + made.views} views"
+            )
     return stores
 
 

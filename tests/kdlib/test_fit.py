@@ -285,6 +285,83 @@ def test_modes_are_restored_at_the_end_and_after_an_error(parts, training, fails
     assert [part.training for part in student.modules()] == before
 
 
+class TwoNorms(nn.Module):
+    """A backbone with a norm, and a head with another, behind a wrapper that is always in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+def eval_mode_of_the_norm(net):
+    net.backbone[1].eval()
+
+
+def eval_mode_of_the_backbone(net):
+    net.backbone.eval()
+
+
+def frozen_weights_of_the_norm(net):
+    net.backbone[1].requires_grad_(False)
+
+
+def frozen_weights_and_a_look_before(net):
+    net.backbone.requires_grad_(False)
+    net.eval()
+
+
+@pytest.mark.parametrize(
+    "freeze",
+    [
+        eval_mode_of_the_norm,
+        eval_mode_of_the_backbone,
+        frozen_weights_of_the_norm,
+        frozen_weights_and_a_look_before,
+    ],
+)
+def test_a_norm_that_the_user_froze_keeps_its_statistics_and_the_other_does_not(parts, freeze):
+    net = TwoNorms()
+    freeze(net)
+    student, before, inside = kdlib.Tapped(net, logits=""), state(net), []
+
+    def watch(event):
+        if event.kind == "step":
+            inside.append((net.backbone[1].training, net.backbone[2].training, net.head[0].training))
+
+    modes = [part.training for part in student.modules()]
+    fit(alone(student), parts.train, valid=parts.valid, epochs=2, batch=50, callbacks=[watch])
+    after = state(net)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(before[f"backbone.1.{name}"], after[f"backbone.1.{name}"])
+        assert not torch.equal(before[f"head.0.{name}"], after[f"head.0.{name}"])
+    assert inside == [(False, freeze is not eval_mode_of_the_backbone, True)] * 4
+    assert [part.training for part in student.modules()] == modes
+
+
+@pytest.mark.parametrize("look", [lambda student: student.eval(), lambda student: student.model.eval()])
+def test_a_student_in_eval_mode_as_a_whole_is_trained_as_a_whole(parts, look):
+    student = kdlib.Tapped(TwoNorms(), logits="")
+    look(student)
+    before = state(student.model)
+    fit(alone(student), parts.train, epochs=1, batch=50)
+    for norm in ("backbone.1", "head.0"):
+        assert not torch.equal(before[f"{norm}.running_mean"], state(student.model)[f"{norm}.running_mean"])
+
+
+def test_a_last_batch_of_one_row_is_no_trouble_for_a_frozen_norm(parts):
+    student = normed()
+    with pytest.raises(kdlib.TrainingError, match="last batch"):
+        fit(alone(student), parts.train, epochs=1, batch=33)
+    for part in student.modules():
+        if isinstance(part, nn.BatchNorm1d):
+            part.requires_grad_(False)
+    fit(alone(student), parts.train, epochs=1, batch=33)
+
+
 @pytest.mark.parametrize("valid", [True, False])
 def test_the_callers_random_state_and_thread_count_are_unchanged(parts, valid):
     distiller = alone(normed(0.5))
@@ -460,6 +537,30 @@ def test_the_history_has_means_over_rows_also_of_an_uneven_last_batch(parts, tea
             assert record[f"{prefix}soft"] == pytest.approx(soft, rel=1e-5)
             assert record[f"{prefix}total"] == pytest.approx(0.9 * soft + 0.1 * hard, rel=1e-5)
     assert [(record["epoch"], record["step"], record["lr"]) for record in history.epochs] == [(0, 4, 0.0), (1, 8, 0.0)]
+
+
+def test_the_history_has_the_share_of_the_steps_time_that_went_in_waiting_for_data(parts, monkeypatch):
+    now = 0.0
+
+    def took(seconds):
+        nonlocal now
+        now += seconds
+
+    class Slow(kdlib.TensorPart):
+        def __getitem__(self, key):
+            took(0.5)
+            return super().__getitem__(key)
+
+    def computes(student, teacher, batch):
+        took(10.0)
+        return student["logits"].square().mean()
+
+    monkeypatch.setattr(kdlib.training.time, "perf_counter", lambda: now)
+    slow = Slow(parts.train.x[:20], parts.train.labels[:20])
+    distiller = kdlib.Distiller(built(), point=computes)
+    history = fit(distiller, slow, valid=slow, epochs=2, batch=10, select="last")
+    assert [record["waiting"] for record in history.epochs] == [10 / 30, 10 / 30]  # 20 items, and 2 steps
+    assert [record["seconds"] for record in history.epochs] == [60, 60]  # the validation is none of the steps
 
 
 def test_callbacks_get_steps_epochs_and_one_end_in_order(parts):

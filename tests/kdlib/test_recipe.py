@@ -822,7 +822,7 @@ def test_the_size_of_a_file_is_bounded(written):
     path = written(head + b"#" * (LARGEST - len(head)))
     assert read(path).name == "run"
     path = written(head + b"#" * (LARGEST - len(head) + 1))
-    assert str(LARGEST) in refused(path)
+    assert f"{LARGEST:,}" in refused(path)
 
 
 def test_a_number_that_is_none_is_refused_in_json(written):

@@ -11,6 +11,7 @@ from torch import nn
 
 import kdlib
 from kdlib.digits import digits
+from kdlib.files import write_sums
 from kdlib.recipe import read
 from kdlib.registry import registry
 from kdlib.run import run
@@ -280,6 +281,9 @@ def test_weights_of_another_shape_are_named(copied, folders, tmp_path):
     recipe = json.loads((copied / "recipe.json").read_text())
     recipe["systems"]["main"]["student"]["model"]["width"] = 13
     (copied / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(kdlib.KdlibError, match=r"recipe\.json: damaged, or changed by hand"):
+        kdlib.load_run(copied)
+    write_sums(copied, ("recipe.json", "result.json"))
     with pytest.raises(kdlib.KdlibError, match=r"student\.safetensors"):
         kdlib.load_run(copied)
 

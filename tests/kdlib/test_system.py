@@ -556,7 +556,7 @@ def test_the_validation_loss_of_a_student_is_the_total_of_its_points(ran):
         assert epoch["valid_total"] == pytest.approx(0.9 * epoch["valid_soft"] + 0.1 * epoch["valid_hard"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["total", "epoch", "step", "lr", "seconds", "valid_total"])
+@pytest.mark.parametrize("name", ["total", "epoch", "step", "lr", "seconds", "waiting", "valid_total"])
 def test_a_point_with_the_name_of_a_column_does_not_take_its_place(ran, name):
     recipe = {**BASE, "data": VALID, "points": {name: {**POINTS["soft"], "weight": 0.5}, "hard": POINTS["hard"]}}
     try:

@@ -1,9 +1,9 @@
-"""Write the catalogue of points and sources from the registry: a plugin without a line here fails the build."""
+"""Write the tables of points and sources from the registry."""
 
 import re
 from pathlib import Path
 
-from kdlib.registry import Plugin, registry
+from kdlib.registry import Plugin, Registry
 
 POINTS = {
     "hard_labels": ("output", "-log p_S(y)"),
@@ -29,8 +29,8 @@ POINTS = {
     "crd": ("batch", "noise-contrastive, own row against N others of a bank"),
 }
 """Level and formula in short; a registered point that is not here fails the build."""
-ELSEWHERE = ("HardLabels", "SoftLabels", "SameInput", "HiddenMse", "MultiSegment")
-"""Documented on other pages."""
+OURS = ("kdlib", "asc")
+"""The plugins that this distribution brings; others may be installed beside it."""
 MEASURED = {"soft_labels": "soft_labels (Hinton, T = 4)"}
 
 
@@ -52,11 +52,10 @@ def needs(plugin: Plugin) -> str:
     return ", ".join([*found, *plugin.live]) or "-"
 
 
-def target(plugin: Plugin) -> str:
-    """Return the name under which a plugin's class is documented."""
-    build = plugin.build
-    public = build.__name__ in ("HardLabels", "SoftLabels", "SameInput")
-    return f"kdlib.{build.__name__}" if public else f"{build.__module__}.{build.__qualname__}"
+def ours(registered: Registry, kind: str) -> list[Plugin]:
+    """Return the plugins of a kind that this distribution brings."""
+    plugins = [registered.get(kind, name) for name in registered.names(kind)]
+    return [plugin for plugin in plugins if plugin.package in OURS]
 
 
 def first_line(plugin: Plugin) -> str:
@@ -65,26 +64,21 @@ def first_line(plugin: Plugin) -> str:
     return text.replace("``", "`").replace("|", "\\|")
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, registered: Registry, measured: Path) -> None:
     """Write ``catalogue_points.md`` and ``catalogue_sources.md`` into the folder."""
-    plugins = registry()
-    measured = costs(folder.parent / "results" / "catalogue_digits.md")
+    steps = costs(measured)
     lines = ["| point | level | needs | formula, in short | what, and by whom | step |", "|---|---|---|---|---|---:|"]
     order = ("output", "hidden", "batch")
-    for name in sorted(plugins.names("point"), key=lambda name: (order.index(POINTS[name][0]), name)):
-        plugin = plugins.get("point", name)
-        cost = measured.get(MEASURED.get(name, name), "-")
-        link = f"{{class}}`{name} <{target(plugin)}>`"
+    for plugin in sorted(ours(registered, "point"), key=lambda one: (order.index(POINTS[one.name][0]), one.name)):
+        name = plugin.name
         level, formula = POINTS[name]
-        lines.append(f"| {link} | {level} | {needs(plugin)} | {formula} | {first_line(plugin)} | {cost} |")
+        cost = steps.get(MEASURED.get(name, name), "-")
+        lines.append(
+            f"| [`{name}`](#point-{name}) | {level} | {needs(plugin)} | {formula} | {first_line(plugin)} | {cost} |"
+        )
     (folder / "catalogue_points.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
     lines = ["| source | needs | what |", "|---|---|---|"]
-    for name in plugins.names("source"):
-        plugin = plugins.get("source", name)
-        link = f"{{class}}`{name} <{target(plugin)}>`"
+    for plugin in ours(registered, "source"):
+        link = f"[`{plugin.name}`](#source-{plugin.name})"
         lines.append(f"| {link} | {', '.join(plugin.live) or '-'} | {first_line(plugin)} |")
     (folder / "catalogue_sources.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    found = [plugins.get(kind, name).build for kind in ("point", "source") for name in plugins.names(kind)]
-    own = [one for one in found if one.__name__ not in ELSEWHERE]
-    classes = "\n".join(f".. autoclass:: {one.__module__}.{one.__qualname__}" for one in own)
-    (folder / "catalogue_classes.md").write_text(f"```{{eval-rst}}\n{classes}\n```\n", encoding="utf-8")
