@@ -53,8 +53,8 @@ for row, index in zip(axes, chosen, strict=True):
 # --------------------------------------
 # The gradient of soft labels at the student's logits is S (softmax(z_S / S) - softmax(z_T / T)), where S is the
 # student's temperature. In the paper's form S = 1, and the teacher alone is softened. In Hinton's form S = T, and the
-# factor T² keeps the gradient from vanishing. The figure shows the mean norm of that gradient over the test images for a student
-# that knows nothing yet (all logits 0), with the factor and without it.
+# factor T² keeps the gradient from vanishing. The figure shows the mean norm of that gradient over the test images for
+# a student that knows nothing yet (all logits 0), with the factor and without it.
 
 zeros = torch.zeros_like(logits)
 settings = torch.logspace(0, 1.5, 25).tolist()
