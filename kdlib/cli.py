@@ -270,6 +270,33 @@ def plugins_command(
         _print(f"broken: {name}: {reason}")
 
 
+@app.command("bench")
+def bench_command(
+    rounds: Annotated[int, typer.Option(min=1, help="How often the loops take turns.")] = 15,
+) -> None:
+    """Measure what distilling costs here: a step of kdlib beside the same by hand, and beside the student alone."""
+    import torch
+
+    from kdlib.bench import bench
+
+    table = Table("network", "kdlib's step", "beside", caption_justify="left", pad_edge=False)
+    for column in ("ms", "ratio", "range", "weights"):
+        table.add_column(column, justify="right")
+    before = ""
+    for one in bench(rounds):
+        if before not in ("", one.network):
+            table.add_section()
+        median, least, largest = (f"{value:.2f}" for value in one.ratio)
+        numbers = (f"{1e3 * one.step:.2f}", median, f"{least}-{largest}", f"{one.difference:.1g}")
+        table.add_row(one.network if one.network != before else "", one.what, one.beside, *numbers)
+        before = one.network
+    table.caption = (
+        f"One thread, process time, {rounds} rounds in which the loops take turns, torch {torch.__version__}. ms: the "
+        "step beside it. weights: the largest difference at the end from the distillation by hand."
+    )
+    console.print(table)
+
+
 @app.command("new-plugin")
 def new_plugin_command(
     name: Annotated[str, typer.Argument(help="The package's name, for example kdlib-my-loss.")],

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
+from kdlib.batch import LAYOUTS
 from kdlib.data import CLEAN, Loader, as_part
 from kdlib.distiller import Distiller, untouched
 from kdlib.errors import KdlibError, TrainingError, did_you_mean
@@ -20,7 +21,7 @@ from kdlib.files import make_folder, write_json
 from kdlib.interfaces import SoftLabelSource
 from kdlib.keyed import default_generators_keyed
 from kdlib.log import Callback, Event, csv_log, jsonl_log, progress_bar
-from kdlib.place import LAYOUTS, PRECISIONS, Place, device_of, threads_set
+from kdlib.place import PRECISIONS, Place, device_of, threads_set
 from kdlib.progress import track
 from kdlib.training import Choice, History, Training, kept_in_eval, samples_of, to_train_mode
 from kdlib.worth import Hits, described, hits

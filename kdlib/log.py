@@ -49,19 +49,22 @@ def progress_bar(steps: int, title: str = "training") -> Iterator[Callback]:
     with Progress(*columns, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=steps, terms="")
         means: Mapping[str, float] = {}
+        waiting = 0.0
 
         def show(event: Event) -> None:
-            nonlocal means
+            nonlocal means, waiting
             if event.kind == "step" and console.is_terminal and not bar.finished:
                 terms = " ".join(f"{name} {float(value):.4g}" for name, value in event.losses.terms.items())
                 text = f"epoch {event.epoch + 1}  {terms}  lr {event.record['lr']:.2g}"
                 bar.update(task, completed=event.step, terms=text)
             elif event.kind == "epoch":
                 means = {name: value for name, value in event.record.items() if name in event.losses.terms}
+                waiting = event.record["waiting"]
             elif event.kind == "end":
                 terms = " ".join(f"{name} {value:.4g}" for name, value in means.items())
                 taken = f"{event.epoch + 1} epochs, {event.step} steps, {time.perf_counter() - started:.1f} s"
-                console.print(f"{title}: {taken}, {terms} in the last", markup=False, highlight=False, soft_wrap=True)
+                line = f"{title}: {taken}, {terms} in the last, {100 * waiting:.0f} % of it waiting for data"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         yield show
 

@@ -32,7 +32,8 @@ class History:
 
     epochs: list[dict[str, float]] = field(default_factory=list)
     """``epoch``, ``step``, ``lr``, ``seconds``, ``total`` and each term as means over the epoch's rows; with a
-    validation part the same with ``valid_`` before the name."""
+    validation part the same with ``valid_`` before the name. ``waiting`` is the share of the time of the epoch's steps
+    in which they waited for data: what loading takes, or with workers what it takes longer than the steps do."""
     best: int = -1
     """The epoch whose weights were kept."""
     teacher: dict[str, Hits] = field(default_factory=dict)
@@ -126,6 +127,8 @@ class Training:
     """Of the epoch at work so far."""
     seconds: float = 0.0
     """What the epoch at work has taken so far."""
+    waited: float = 0.0
+    """How much of it was waiting for data."""
     last: tuple[Losses, float] | None = None
     """The losses of the last batch, and the learning rate of its step."""
 
@@ -150,6 +153,7 @@ class Training:
         group = self._fetched(batches)
         if not group:
             return False
+        self.waited += time.perf_counter() - started
         self.optimizer.zero_grad()
         where = f"step {self.step}, epoch {self.epoch}"
         with self._keyed(self.step), _buffers_restored_on_error(self.distiller.student):
@@ -177,10 +181,11 @@ class Training:
         if self.valid is not None:
             record |= self._validate(self.valid)
         record["seconds"] = self.seconds + time.perf_counter() - started
+        record["waiting"] = self.waited / self.seconds
         self.history.epochs.append(record)
         self.choice.see(self.epoch, record.get("valid_total"), self.distiller)
         tell(Event("epoch", self.step, self.epoch, losses, self.distiller, record))
-        self.epoch, self.batch, self.means, self.seconds = self.epoch + 1, 0, Means(), 0.0
+        self.epoch, self.batch, self.means, self.seconds, self.waited = self.epoch + 1, 0, Means(), 0.0, 0.0
 
     def _keyed(self, *key: int | str) -> Any:
         return default_generators_keyed(self.place.device, self.seed, "step", *key)
