@@ -18,6 +18,7 @@ from kdlib.batch import SHARE, as_batch, layout_of, map_tensors
 from kdlib.errors import DataError, KdlibError
 from kdlib.interfaces import Batch, DataPart
 from kdlib.keyed import keyed as _keyed
+from kdlib.signals import left_to_parent
 
 CLEAN = -1
 """The epoch that asks for items without augmentation."""
@@ -202,6 +203,7 @@ class Loader:
             batch_sampler=self._batches,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=left_to_parent,
             generator=_keyed(seed, "loader"),
         )
 
@@ -221,6 +223,13 @@ class Loader:
         self._next = self._batches.epoch = epoch
         self._batches.start = start
         return self._counted(epoch, start, _raising(iter(self._loader)))
+
+    def close(self) -> None:
+        """End the loader's processes. Left to the garbage collector, torch waits 5 seconds for each."""
+        iterator: Any = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._loader._iterator = None
 
     def rows(self, number: int) -> int:
         """Return how many rows a batch of an epoch has, on all ranks together."""

@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,16 +17,20 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from kdlib import ranks
 from kdlib.batch import LAYOUTS
+from kdlib.checkpoint import Checkpoints, unsaved
 from kdlib.data import CLEAN, Loader, as_part
 from kdlib.ddp import batch_norm_synced, ddp
 from kdlib.distiller import Distiller, untouched
 from kdlib.errors import KdlibError, TrainingError, did_you_mean
 from kdlib.files import make_folder, write_json
+from kdlib.fingerprints import name_of
 from kdlib.interfaces import Batch, SoftLabelSource
 from kdlib.keyed import default_generators_keyed
 from kdlib.log import Callback, Event, csv_log, jsonl_log, progress_bar
+from kdlib.made_of import made_of
 from kdlib.place import PRECISIONS, Place, device_of, threads_set
 from kdlib.progress import track
+from kdlib.signals import heard
 from kdlib.training import Choice, History, Training, kept_in_eval, samples_of, to_train_mode
 from kdlib.worth import Hits, described, hits
 
@@ -64,6 +69,10 @@ def fit(
     folder: Path | str | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool | str = True,
+    checkpoint: Path | str | None = None,
+    every: int | None = None,
+    resume: bool = False,
+    force: bool = False,
 ) -> History:
     """Train a distiller's student (and projectors) and return the history.
 
@@ -110,11 +119,19 @@ def fit(
             the source's ``difference``) go.
         callbacks: functions of an :class:`kdlib.Event`.
         progress: show a bar on the terminal; a string is its title.
+        checkpoint: the file to save the training in, so that another process can go on; its ending is
+            ``.safetensors``. With one, SIGTERM and Ctrl-C let the step end and save before they stop.
+        every: optimizer steps from one checkpoint to the next. Default: one at the end of each epoch.
+        resume: go on from the checkpoint, if there is one; the result is bit-equal to that of a training that was not
+            interrupted. ``metrics.csv`` and ``metrics.jsonl`` are cut back to it.
+        force: go on even if the training is made of something else than the saved one; the history says so.
 
     Raises:
         TrainingError: settings that do not fit together; a loss or gradient that is not finite. It is raised before
-            the optimizer's step, and names the samples of the batch.
+            the optimizer's step, and names the samples of the batch. A checkpoint that is of another training, or
+            damaged, or there and not to be resumed.
         RankError: another rank failed; the text says which, and why.
+        Stopped: a signal came, and the checkpoint is saved.
 
     Example:
         >>> import torch, kdlib
@@ -125,6 +142,7 @@ def fit(
         10
     """
     _refuse_settings(valid, epochs, select, patience, accumulate, clip, optimizer)
+    _refuse_checkpoint(distiller, checkpoint, every, resume, force)
     for name, value, known in (
         ("optimizer", optimizer if isinstance(optimizer, str) else "adam", OPTIMIZERS),
         ("precision", precision, PRECISIONS),
@@ -144,13 +162,15 @@ def fit(
         )
     folder = None if ranks.rank() else folder
     progress = False if ranks.rank() else progress
-    parts = _parts(distiller.source, train, valid)
+    given = {"training": as_part(train)} | ({} if valid is None else {"validation": as_part(valid)})
+    parts = _parts(distiller.source, given)
     loader = Loader(parts["training"], batch=batch, seed=seed, workers=workers, keyed=True, shards="rows")
     valid_loader = None
     if valid is not None:
         valid_loader = Loader(parts["validation"], batch=batch, shuffle=False, keyed=True, shards="batches")
 
     with ExitStack() as stack:
+        stack.callback(loader.close)
         stack.enter_context(threads_set(threads))
         stack.enter_context(_modes_restored(distiller))
         place.module(distiller)
@@ -161,13 +181,12 @@ def fit(
             first = _prepare(distiller, parts["training"], batch, place, seed)
             for name, part in parts.items():
                 _try_last_batch(distiller, kept, part, batch, place, seed, name)
-        wrapped = stack.enter_context(_wrapped(distiller, first, place))
         maker = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
         stepper = maker([parameter for parameter in distiller.parameters() if parameter.requires_grad], lr=lr)
         steps = epochs * -(-len(loader) // accumulate)
         training = Training(
             distiller,
-            wrapped,
+            _wrapped(distiller, first, place),
             stepper,
             _scheduler(stepper, schedule, lr, steps),
             loader,
@@ -180,19 +199,44 @@ def fit(
             clip=clip,
             kept=kept,
         )
-        tell = _listeners(stack, callbacks, progress, steps, folder)
-        if distiller.source is not None:
+        begun = False
+        if checkpoint is not None:
+            settings = {
+                "epochs": epochs,
+                "batch": batch,
+                "lr": lr,
+                "schedule": schedule,
+                "seed": seed,
+                "device": place.device.type,
+                "precision": precision,
+                "layout": layout,
+                "select": select,
+                "patience": patience,
+                "clip": clip,
+                "accumulate": accumulate,
+                "batch_norm": batch_norm,
+                "optimizer": {"class": name_of(stepper), **stepper.defaults},
+            }
+            saved = Checkpoints(Path(checkpoint), every, made_of(distiller, given, settings))
+            begun = saved.open(training, resume=resume, force=force)
+        tell = _listeners(stack, callbacks, progress, steps, folder, training)
+        if distiller.source is not None and not begun:
             _judge_teacher(training, distiller.source, parts, batch, folder, bool(progress))
+        if checkpoint is not None:
+            training.between = partial(saved.between, training, stack.enter_context(heard()))
         training.run(tell)
         home.module(distiller)
         assert training.last is not None  # there was an epoch
         tell(Event("end", training.step, training.epoch - 1, training.last[0], distiller, {}))
-    return training.history
+    history = training.history
+    if ranks.world() > 1:
+        del training  # DDP's wrapper, in a reference cycle, has room for all gradients
+        gc.collect()
+    return history
 
 
-def _parts(source: Any, train: Any, valid: Any) -> dict[str, Any]:
+def _parts(source: Any, parts: dict[str, Any]) -> dict[str, Any]:
     """Return the parts by name, with what the source adds to them."""
-    parts = {"training": as_part(train)} | ({} if valid is None else {"validation": as_part(valid)})
     return {name: source.dataset(part) for name, part in parts.items()} if hasattr(source, "dataset") else parts
 
 
@@ -211,23 +255,17 @@ def _prepare(distiller: Distiller, part: Any, batch: int, place: Place, seed: in
     return tried
 
 
-@contextmanager
-def _wrapped(distiller: Distiller, batch: Batch, place: Place) -> Iterator[nn.Module]:
-    """Give the distiller, or of several ranks DDP around it, which shall not hear of later trainings of its parameters.
+def _wrapped(distiller: Distiller, batch: Batch, place: Place) -> nn.Module:
+    """Return the distiller, or of several ranks DDP around it.
 
     Buffers are not DDP's business: they are brought level after each step, the banks of points by ``advance``.
     """
     if ranks.world() == 1:
-        yield distiller
-        return
+        return distiller
     with place.autocast():
         wrapped = ddp(distiller, batch)
     wrapped.broadcast_buffers = False  # the argument of this name is deprecated, and its heir is new
-    try:
-        yield wrapped
-    finally:
-        del wrapped
-        gc.collect()
+    return wrapped
 
 
 def _try_last_batch(
@@ -308,7 +346,12 @@ def _teacher_accuracy(
 
 
 def _listeners(
-    stack: ExitStack, callbacks: Sequence[Callback], progress: bool | str, steps: int, folder: Path | str | None
+    stack: ExitStack,
+    callbacks: Sequence[Callback],
+    progress: bool | str,
+    steps: int,
+    folder: Path | str | None,
+    training: Training,
 ) -> Callback:
     """Return a function that tells an event to the callbacks, the bar and the logs."""
     listeners = [*callbacks]
@@ -317,7 +360,8 @@ def _listeners(
         listeners.append(stack.enter_context(progress_bar(steps, title)))
     if folder is not None:
         make_folder(Path(folder))
-        listeners += [log(Path(folder)) for log in (csv_log, jsonl_log)]
+        listeners.append(csv_log(Path(folder), training.history.epochs))
+        listeners.append(jsonl_log(Path(folder), training.step))
 
     def tell(event: Event) -> None:
         for listener in listeners:
@@ -333,6 +377,23 @@ def _scheduler(optimizer: torch.optim.Optimizer, schedule: str, lr: float, steps
     if schedule == "cosine":
         return CosineAnnealingLR(optimizer, T_max=steps)
     return None
+
+
+def _refuse_checkpoint(distiller: Distiller, path: Any, every: int | None, resume: bool, force: bool) -> None:
+    if path is None:
+        if every is not None or resume or force:
+            raise TrainingError("every, resume and force are of a checkpoint, and none was named: checkpoint=PATH.")
+        return
+    if every is not None and every < 1:
+        raise TrainingError(f"every is at least 1 step, not {every}.")
+    if Path(path).suffix != ".safetensors":
+        raise TrainingError(f"checkpoint={str(path)!r}: the name of a checkpoint ends in .safetensors.")
+    lost = unsaved(distiller)
+    if lost:
+        raise TrainingError(
+            f"No checkpoint can hold all that changes in this training: {'; '.join(lost)}. What changes must be a "
+            "buffer or a parameter of a module."
+        )
 
 
 @contextmanager

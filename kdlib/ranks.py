@@ -182,6 +182,11 @@ def _put_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
         tensor.copy_(values.view_as(tensor))
 
 
+def highest(number: int) -> int:
+    """Return the highest number of all ranks."""
+    return -_lowest(-number, None)
+
+
 def _lowest(number: int, error: Exception | None) -> int:
     """Return the lowest number of all ranks."""
     if world() == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +44,8 @@ class History:
     ``through the source`` and ``on the student's input alone``. Empty without a source."""
     difference: dict[str, float] = field(default_factory=dict)
     """What the source's ``difference`` says of the training part. Empty where it has none."""
+    forced: list[str] = field(default_factory=list)
+    """Where it went on from a checkpoint by force, a line for each difference from what it was made of before."""
 
     @property
     def steps(self) -> int:
@@ -146,6 +148,8 @@ class Training:
     """How much of it was waiting for data."""
     last: tuple[Losses, float] | None = None
     """The losses of the last batch, and the learning rate of its step."""
+    between: Callable[[], None] = lambda: None
+    """Called where it is whole: after each step, in a validation before each batch, and after each epoch."""
 
     @property
     def over(self) -> bool:
@@ -158,8 +162,9 @@ class Training:
             to_train_mode(self.distiller, self.kept)
             batches = self.train.epoch(self.epoch, start=self.batch)
             while self.take_step(batches, tell):
-                pass
+                self.between()
             self.end_epoch(tell)
+            self.between()
         self.history.best = self.choice.take(self.distiller, self.epoch - 1)
 
     def take_step(self, batches: Iterator[Batch], tell: Callback) -> bool:
@@ -243,11 +248,17 @@ class Training:
         self.distiller.eval()
         means = Means()
         clock = (int(self.distiller.step), self.epoch)
-        with self._keyed("validate"), ranks.together():
-            for batch in loader.epoch(CLEAN):
-                losses = self.place.forward(self.distiller, {**self.place.batch(batch), "clock": lambda: clock})
-                _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {self.epoch}")
-                means.add(losses, len(batch["index"]))
+        with self._keyed("validate"):
+            batches = loader.epoch(CLEAN)
+            for _ in range(ranks.highest(len(loader))):  # a rank may have one batch less than the others
+                self.between()
+                with ranks.together():
+                    batch = next(batches, None)
+                    if batch is None:
+                        continue
+                    losses = self.place.forward(self.distiller, {**self.place.batch(batch), "clock": lambda: clock})
+                    _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {self.epoch}")
+                    means.add(losses, len(batch["index"]))
         return {f"valid_{name}": value for name, value in means.of_all_ranks().result().items()}
 
 
