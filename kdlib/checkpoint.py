@@ -62,6 +62,10 @@ class Checkpoints:
         if not resume:
             ranks.once(self._refuse_present)
             return False
+        with ranks.together():
+            return self._resume(training, force)
+
+    def _resume(self, training: Training, force: bool) -> bool:
         found = self._read()
         if found is None:
             return False

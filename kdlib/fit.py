@@ -217,7 +217,8 @@ def fit(
                 "batch_norm": batch_norm,
                 "optimizer": {"class": name_of(stepper), **stepper.defaults},
             }
-            saved = Checkpoints(Path(checkpoint), every, made_of(distiller, given, settings))
+            with ranks.together():
+                saved = Checkpoints(Path(checkpoint), every, made_of(distiller, given, settings))
             begun = saved.open(training, resume=resume, force=force)
         tell = _listeners(stack, callbacks, progress, steps, folder, training)
         if distiller.source is not None and not begun:

@@ -149,7 +149,7 @@ class Training:
     last: tuple[Losses, float] | None = None
     """The losses of the last batch, and the learning rate of its step."""
     between: Callable[[], None] = lambda: None
-    """Called where it is whole: after each step, in a validation before each batch, and after each epoch."""
+    """Called where it is whole: after each step and each epoch, and in a validation before each batch."""
 
     @property
     def over(self) -> bool:
