@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import ceil, gcd
 from pathlib import Path
 from statistics import median_low
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdlib import DataError, KdlibError
+from kdlib_asc.containers import FlacSum, damage
 
+FLAC = {"PCM_S8": 8, "PCM_16": 16, "PCM_24": 24}
+"""Bits of the samples of a FLAC file, by libsndfile's names."""
 LOUDEST = 8.0
 """Full scale is 1, and lossy codecs overshoot it a little. Larger values are integers saved as floating point."""
 
+UNPACKED = 1 << 30
+"""Bytes of float32 samples that a file may unpack to, or ``RATIO`` times its own bytes if that is more."""
+RATIO = 32
+FINEST = 10**6
+"""Of the two whole numbers in whose ratio a sample rate is converted, the largest: the filter grows with it."""
+
 _BLOCK = 1 << 18
-_UNSTATED = 0xFFFFFFFF  # RF64, or written to a pipe
-_OGG_PAGE = re.compile(rb"OggS\x00[\x00-\x07]")
-_OGG_TAIL = 1 << 17  # a page has at most 65307 bytes
 
 
 class Form(NamedTuple):
@@ -68,8 +73,9 @@ def read_audio(
         Samples of full scale 1, (channels, samples) float32.
 
     Raises:
-        DataError: the file is missing, not readable, truncated or empty, holds NaN, infinity or samples beyond
-            ``LOUDEST``, or has another rate, channel count or length than wanted and no setting that allows it. The
+        DataError: the file is missing, not readable, truncated, damaged (as far as its container has checksums) or
+            empty, would unpack to more than ``UNPACKED``, holds NaN, infinity or samples beyond ``LOUDEST``, or has
+            another rate, channel count or length than wanted and no setting that allows it. The
             text names the file, what was found, what was expected, and the setting (a key of a recipe's ``[data]``).
 
     Source:
@@ -98,7 +104,7 @@ def read_audio(
         error.found, error.wanted = Form(found_rate, found_channels, frames), Form(rate, channels, wanted)
         raise error
 
-    samples = _converted(samples, found_rate, rate, channels)
+    samples = _converted(path, samples, found_rate, rate, channels)
     out = np.zeros((channels, wanted), dtype=np.float32)
     kept = min(wanted, len(samples))
     out[:, :kept] = samples[:kept].T
@@ -133,7 +139,7 @@ def read_windows(
     problems = _unlike(found_rate, samples.shape[1], rate, channels, resample=resample, down_mix=down_mix)
     if problems:
         raise DataError(f"{path}: {'; '.join(problems)}")
-    samples = _converted(samples, found_rate, rate, channels)
+    samples = _converted(Path(path), samples, found_rate, rate, channels)
     missing = max(0, wanted - len(samples))
     whole = np.pad(samples, ((0, missing), (0, 0)))
     starts = np.linspace(0, len(whole) - wanted, ceil(len(whole) / wanted)).round().astype(int)
@@ -203,17 +209,25 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(path) as file:
             frames, rate = int(file.frames), int(file.samplerate)
-            # Block by block: a damaged header may promise more frames than there is memory.
-            while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+            _refuse_bomb(path, 4 * frames * file.channels)
+            flac = FlacSum(path, FLAC[file.subtype]) if file.format == "FLAC" and file.subtype in FLAC else None
+            # Block by block: a damaged header may promise more frames than there are.
+            rows = max(1, _BLOCK // file.channels)
+            while len(block := file.read(rows, dtype="int32" if flac else "float32", always_2d=True)):
+                if flac:
+                    flac.add(block)
+                    block = block.astype(np.float32) / np.float32(1 << 31)  # what libsndfile would have given
                 blocks.append(block)
-        damage = _truncation(path)
+        broken = damage(path)
     except (RuntimeError, TypeError, ValueError, OSError, OverflowError) as error:
         raise DataError(f"{path}: not readable as audio: {error}") from error
     read = sum(map(len, blocks))
     if frames == 0:
         raise DataError(f"{path}: zero frames: the file has a header and no samples")
-    if damage or read != frames:
-        raise DataError(f"{path}: truncated: {damage or f'the header states {frames} frames, {read} could be read'}")
+    if broken or read != frames:
+        raise DataError(f"{path}: {broken or f'truncated: the header states {frames} frames, {read} could be read'}")
+    if flac and not flac.agrees():
+        raise DataError(f"{path}: damaged: its samples are not those that its header has the checksum of")
     samples = np.concatenate(blocks)
     peak = float(np.abs(samples).max())  # NaN where any sample is
     if not np.isfinite(peak):
@@ -222,6 +236,13 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
     if peak > LOUDEST:
         raise DataError(f"{path}: samples of up to {peak:g}, expected at most {LOUDEST:g} (full scale is 1)")
     return samples, rate
+
+
+def _refuse_bomb(path: Path, unpacked: int) -> None:
+    """Refuse a file that would fill the memory, by what it says of itself, before there is room made for it."""
+    allowed = max(UNPACKED, RATIO * path.stat().st_size)
+    if unpacked > allowed:
+        raise DataError(f"{path}: would unpack to {unpacked:,} bytes of samples, more than {allowed:,}; cut it first")
 
 
 def _unlike(
@@ -237,11 +258,17 @@ def _unlike(
     return problems
 
 
-def _converted(samples: np.ndarray, found_rate: int, rate: int, channels: int) -> np.ndarray:
+def _converted(path: Path, samples: np.ndarray, found_rate: int, rate: int, channels: int) -> np.ndarray:
     """Return samples (frames, channels) with the wanted number of channels at the wanted rate."""
     if samples.shape[1] != channels:
         samples = samples.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
-    return samples if found_rate == rate else _resample(samples, found_rate, rate)
+    if found_rate == rate:
+        return samples
+    common = gcd(found_rate, rate)
+    if max(found_rate, rate) // common > FINEST:
+        raise DataError(f"{path}: sample rate {found_rate} Hz, which cannot be converted to {rate} Hz")
+    _refuse_bomb(path, 8 * ceil(len(samples) * rate / found_rate) * channels)
+    return _resample(samples, rate // common, found_rate // common)
 
 
 def _length_at(rate: int, frames: int, found_rate: int) -> tuple[int, int]:
@@ -250,64 +277,9 @@ def _length_at(rate: int, frames: int, found_rate: int) -> tuple[int, int]:
     return ceil(frames * rate / found_rate), slack
 
 
-def _resample(samples: np.ndarray, found: int, wanted: int) -> np.ndarray:
+def _resample(samples: np.ndarray, up: int, down: int) -> np.ndarray:
     try:
         from scipy.signal import resample_poly
     except ImportError as error:
         raise KdlibError("data.resample=true needs scipy: pip install 'kdlib-asc[asc]'") from error
-    common = gcd(found, wanted)
-    return np.asarray(resample_poly(samples.astype(np.float64), wanted // common, found // common), dtype=np.float32)
-
-
-def _truncation(path: Path) -> str | None:
-    """Say what the container lacks. libsndfile takes the length of these from what is there, without an error."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(24)
-        if head[:4] == b"OggS":
-            file.seek(-min(_OGG_TAIL, size), 2)
-            return None if _ogg_ends(file.read()) else "its last Ogg page does not end the stream"
-        stated, there = _stated(file, head, size)
-    return f"the header states {stated} bytes of samples, the file has {there}" if stated > there else None
-
-
-def _stated(file: BinaryIO, head: bytes, size: int) -> tuple[int, int]:
-    """Return how many bytes of samples a header states and how many follow it; (0, 0) where it states none."""
-    if head[:4] == b".snd":
-        stated = int.from_bytes(head[8:12], "big")
-        return (0 if stated == _UNSTATED else stated), size - int.from_bytes(head[4:8], "big")
-    if head[:4] == b"riff":  # W64, which states the size of the whole file
-        return int.from_bytes(head[16:24], "little") - 24, size - 24
-    if head[:4] == b"caff":
-        for name, length, start in _chunks(file, 8, 8, "big"):
-            if name == b"data":
-                return (0 if length == (1 << 64) - 1 else length), size - start
-    if head[8:12] in (b"WAVE", b"AIFF", b"AIFC", b"8SVX", b"16SV"):
-        long_size = 0
-        for name, length, start in _chunks(file, 12, 4, "big" if head[:4] in (b"RIFX", b"FORM") else "little"):
-            if name == b"ds64":  # RF64: the true size of the data chunk, behind that of the file
-                long_size = int.from_bytes(file.read(16)[8:], "little")
-            if name in (b"data", b"SSND", b"BODY"):
-                return (long_size if length == _UNSTATED else length), size - start
-    return 0, 0
-
-
-def _chunks(
-    file: BinaryIO, start: int, width: int, order: Literal["little", "big"]
-) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, length and start of each chunk; lengths have ``width`` bytes, 4-byte ones are padded to even."""
-    file.seek(start)
-    while len(head := file.read(4 + width)) == 4 + width:
-        length, start = int.from_bytes(head[4:], order), file.tell()
-        yield head[:4], length, start
-        file.seek(start + length + (length % 2 if width == 4 else 0))
-
-
-def _ogg_ends(tail: bytes) -> bool:
-    """Tell whether the last page is whole and carries the end-of-stream flag."""
-    pages = list(_OGG_PAGE.finditer(tail))
-    page = tail[pages[-1].start() :] if pages else b""
-    if len(page) < 27 or not page[5] & 4:
-        return False
-    body = 27 + page[26]
-    return len(page) >= body + sum(page[27:body])
+    return np.asarray(resample_poly(samples.astype(np.float64), up, down), dtype=np.float32)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -173,6 +174,19 @@ def bad_clips(clips: Sequence[Clip], store: ClipStore) -> dict[str, str]:
         few = listed([f"{name}: {reason}" for name, reason in reasons.items()])
         warnings.warn(f"{store.root}: {counts}{few}", stacklevel=3)
     return reasons
+
+
+def add_links_out(problems: Problems, root: Path, paths: Iterable[Path]) -> None:
+    """Note the files and folders that a link, their own or a folder's above them, takes out of a data set's folder."""
+    real = os.path.realpath(root)
+    folders: dict[Path, str] = {}
+    for path in paths:
+        if path.parent not in folders:
+            folders[path.parent] = os.path.realpath(path.parent)
+        end = os.path.realpath(path) if path.is_symlink() else os.path.join(folders[path.parent], path.name)
+        if os.path.commonpath([real, end]) != real:
+            detail = f"to {end}; data.links=true follows it"
+            problems.add("link that leads out of the data set's folder", str(path.relative_to(root)), detail)
 
 
 def listed(lines: Sequence[str]) -> str:

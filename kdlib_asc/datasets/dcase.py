@@ -26,6 +26,7 @@ from kdlib_asc.datasets.clips import (
     Seconds,
     Share,
     add_emptied,
+    add_links_out,
     bad_clips,
     listed,
     of_clips,
@@ -35,6 +36,8 @@ from kdlib_asc.datasets.clips import (
 
 COLUMNS = ("filename", "scene_label", "identifier", "source_label")
 """The columns of a table without a header."""
+TABLE = 1 << 28
+"""Bytes of a table; that of the largest set has 20 million."""
 
 _FOLD_FILE = re.compile(r"fold(\d+)_(train|test|evaluate)\.(txt|csv)")
 
@@ -56,6 +59,7 @@ def dcase(
     validation: Share = 0.0,
     seed: int = 0,
     bad: Bad = "error",
+    links: bool = False,
     keep_in_memory: bool = True,
 ) -> dict[int, SceneParts]:
     """Open a data set in the DCASE task 1 layout of 2018 to 2022: any folds, rate, channel count and container.
@@ -81,6 +85,8 @@ def dcase(
         seed: the key of that split.
         bad: what to do with a clip that cannot be read as the settings say. ``"error"`` names it when it is read;
             ``"skip"`` reads every clip here, and leaves the bad ones out of all parts with a warning.
+        links: follow links that lead out of the data set's folder; else they are refused, for they may show what its
+            maker cannot see.
         keep_in_memory: keep decoded clips, up to 2 GiB in each process.
 
     Returns:
@@ -89,8 +95,8 @@ def dcase(
     Raises:
         DataError: there is no such layout or fold; or, all in one report: a listed file that is missing, a clip in no
             row of ``meta.csv``, listed twice, in both parts or without a class, a class that disagrees with
-            ``meta.csv`` or has no training clip, a path that leaves the folder, a part of a class without a clip that
-            is not bad.
+            ``meta.csv`` or has no training clip, a path or a link that leaves the folder, a part of a class without a
+            clip that is not bad.
 
     Warns:
         UserWarning: a recording place in both parts, or bad clips that are left out. The published lists keep places
@@ -132,6 +138,10 @@ def dcase(
         there = {number: [_there(base, part) for part in both] for number, both in chosen.items()}
         return {number: parts(train, test, validation=0) for number, (train, test) in there.items()}
 
+    if not links:
+        tables = [base / "meta.csv", *(path for kinds in files.values() for path in kinds.values())]
+        listed_clips = (base / clip.id for parts in chosen.values() for part in parts for clip in part)
+        add_links_out(problems, base, [*tables, *dict.fromkeys(listed_clips)])
     _warn_of_shared_places(base, chosen)
     problems.check(base, in_spite_of_the_problems)
     clips = {clip.id: clip for both in chosen.values() for part in both for clip in part}
@@ -214,11 +224,17 @@ def _refused(name: str) -> str | None:
         return "row without a file name"
     if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):
         return "path that leaves the data set's folder"
+    if "\0" in name:
+        return "name that no file can have"
     return None
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:
     try:
+        if not path.is_file():
+            raise DataError(f"{path}: not a file")  # a pipe would be waited for
+        if path.stat().st_size > TABLE:
+            raise DataError(f"{path}: a table has at most {TABLE:,} bytes")
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as a table in UTF-8: {error}") from error

@@ -21,6 +21,7 @@ from kdlib_asc.datasets.clips import (
     Seconds,
     Share,
     add_emptied,
+    add_links_out,
     bad_clips,
     of_clips,
     scene_parts,
@@ -44,6 +45,7 @@ def folder(
     validation: Share = 0.0,
     seed: int = 0,
     bad: Bad = "error",
+    links: bool = False,
     keep_in_memory: bool = True,
 ) -> SceneParts:
     """Open a folder of class-named folders of clips and split it by recording.
@@ -66,12 +68,14 @@ def folder(
         seed: the key of both splits.
         bad: what to do with a clip that cannot be read as the settings say. ``"error"`` names it when it is read;
             ``"skip"`` reads every clip here, and leaves the bad ones out with a warning before anything is drawn.
+        links: follow links that lead out of the data set's folder; else they are refused, for they may show what its
+            maker cannot see.
         keep_in_memory: keep decoded clips, up to 2 GiB in each process.
 
     Raises:
         DataError: there is no such folder; or, all in one report: fewer than two classes, a class without clips or
             with fewer than two recordings, a class that the split leaves without a test clip, a file name that is
-            not UTF-8, a class without a clip that is not bad.
+            not UTF-8, a link that leads out of the folder, a class without a clip that is not bad.
 
     Warns:
         UserWarning: bad clips that are left out.
@@ -102,6 +106,8 @@ def folder(
     classes = tuple(sorted({clip.label for clip in clips}))
     parts = partial(scene_parts, classes=classes, store=store, seed=seed, rate=rate, channels=channels)
     _check_recordings(clips, problems)
+    if not links:
+        add_links_out(problems, root, (root / clip.id for clip in clips))
     problems.check(root, lambda: parts(clips, [], validation=0))
     reasons = bad_clips(clips, store) if bad == "skip" else {}
     add_emptied(problems, clips, reasons, "the folder")

@@ -132,7 +132,7 @@ def test_header_that_promises_more_frames_than_there_is_memory(tmp_path: Path) -
     data[22:26] = b"\xff\xff\xff\xff"  # 2^36 - 1 samples
     path.write_bytes(data)
     assert soundfile.info(path).frames == 2**36 - 1
-    with pytest.raises(DataError, match=r"a\.flac: (truncated|not readable)"):
+    with pytest.raises(DataError, match=r"a\.flac: would unpack to 274,877,906,940 bytes of samples, more than"):
         read(path, crop=True)
 
 
