@@ -8,6 +8,8 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -17,7 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kdlib.errors import DataError, KdlibError, PluginError, did_you_mean, printable
+from kdlib import ranks
+from kdlib.errors import DataError, KdlibError, PluginError, RankError, did_you_mean, printable
 from kdlib.registry import register, registry
 
 MEANING = {
@@ -61,27 +64,23 @@ def run_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     dry: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost on this machine.")] = False,
 ) -> None:
-    """Run a recipe: train, distil, score, and show the rows."""
+    """Run a recipe: train, distil, score, and show the rows. Runs under torchrun, too."""
     from kdlib.recipe import read
     from kdlib.run import run
 
     _register(plugins)
     if dry:
-        from kdlib.estimate import estimate
-
-        with console.status("trying each training for a few steps"):
-            cost = estimate(read(recipe, changes))
-        _show_cost(cost)
+        if ranks.launched()[0] == 0:
+            _show_cost_of(read(recipe, changes))
         return
-    wanted = read(recipe, changes)
-    _refuse_wrong(wanted)
-    say = (lambda _: None) if quiet else _print
-    folder = run(wanted, out, progress=not quiet, say=say)
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    console.print(_table(result))
-    _list_pictures(folder)
-    seconds = result["seconds"]
-    _print(f"{seconds['wall']:.0f} s, {seconds['cpu'] / 60:.1f} CPU minutes. Everything is in {folder}")
+    with ranks.group(), _one_speaker():
+        with ranks.together():
+            wanted = read(recipe, changes)
+        ranks.once(_refuse_wrong, wanted)
+        say = (lambda _: None) if quiet else _print
+        folder = run(wanted, out, progress=not quiet, say=say)
+        if ranks.rank() == 0:
+            _show_result(folder)
 
 
 @app.command("check")
@@ -193,9 +192,10 @@ def store_build_command(
     from kdlib.storing import store_run
 
     _register(plugins)
-    stores = store_run(run, out, system=system, views=views, dtype=dtype, batch=batch, threads=threads, changes=changes)
-    if os.environ.get("RANK", "0") == "0":
-        for store in stores:
+    with ranks.group(), _one_speaker():
+        for store in store_run(
+            run, out, system=system, views=views, dtype=dtype, batch=batch, threads=threads, changes=changes
+        ):
             _show_store(store)
 
 
@@ -388,7 +388,35 @@ def _refuse_wrong(recipe: Any) -> None:
         return
 
 
-def _show_cost(cost: Any) -> None:
+def _show_result(folder: Path) -> None:
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    console.print(_table(result))
+    _list_pictures(folder)
+    seconds = result["seconds"]
+    _print(f"{seconds['wall']:.0f} s, {seconds['cpu'] / 60:.1f} CPU minutes. Everything is in {folder}")
+
+
+@contextmanager
+def _one_speaker() -> Iterator[None]:
+    """Have rank 0 alone print, and show bars."""
+    from rich import get_console
+
+    consoles = (console, get_console())
+    before = [one.quiet for one in consoles]
+    for one in consoles:
+        one.quiet = one.quiet or ranks.rank() > 0
+    try:
+        yield
+    finally:
+        for one, quiet in zip(consoles, before, strict=True):
+            one.quiet = quiet
+
+
+def _show_cost_of(recipe: Any) -> None:
+    from kdlib.estimate import estimate
+
+    with console.status("trying each training for a few steps"):
+        cost = estimate(recipe)
     table = Table("system", "training", title="expected on this machine, roughly")
     for column in ("steps", "s a step", "time", "memory"):
         table.add_column(column, justify="right")
@@ -478,16 +506,20 @@ def _table(result: dict[str, Any]) -> Table:
 
 def main() -> None:
     """Run the command. Exit codes: 0, 2 for a user's error (one message), 1 for a fault (with its traceback)."""
-    warnings.showwarning = lambda message, *_, **__: _print(f"warning: {message}", errors)
+    rank, world = ranks.launched()
+    who = f"rank {rank}: " if world > 1 else ""
+    warnings.showwarning = lambda message, *_, **__: _print(f"{who}warning: {message}", errors)
     try:
         app(standalone_mode=True)
     except KdlibError as error:
-        _print(f"error: {error} [{error.page}]", errors)
-        for note in getattr(error, "__notes__", []):
-            _print(f"  {note}", errors)
+        passed_on = isinstance(error, RankError)  # its text names the rank that failed, and one rank says it
+        if rank == 0 or not passed_on:
+            _print(f"{'' if passed_on else who}error: {error} [{error.page}]", errors)
+            for note in getattr(error, "__notes__", []):
+                _print(f"  {note}", errors)
         sys.exit(2)
     except Exception:
-        traceback.print_exc()
+        _print(f"{who}{traceback.format_exc()}", errors)
         errors.print("This is a fault of the program or of a plugin, not of yours; please report the lines above.")
         sys.exit(1)
 

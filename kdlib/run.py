@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdlib import figures
+from kdlib import figures, ranks
 from kdlib.building import facts_of
 from kdlib.errors import KdlibError, RecipeError
 from kdlib.files import parse_json, read_checked, write_atomically, write_json, write_sums
@@ -50,6 +50,8 @@ def run(
 ) -> Path:
     """Train and score everything that a recipe asks for, and return the folder with the results.
 
+    Of several ranks each calls it; rank 0 alone writes and shows, and all return the same folder.
+
     Args:
         recipe: see :func:`kdlib.recipe.read`.
         out: the folder to make. Default: ``runs/<name>/<UTC time>-<8 hex digits of the resolved recipe>``.
@@ -59,22 +61,15 @@ def run(
     Raises:
         RecipeError: the folder is there already.
     """
-    with _quiet(not progress):
+    with quiet(not progress or ranks.rank() > 0):
         return _run(recipe, out, progress, say)
 
 
 def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], None]) -> Path:
     started, cpu = time.perf_counter(), time.process_time()
-    now = datetime.datetime.now(datetime.UTC)
-    folder = out or Path("runs") / recipe.name / f"{now:%Y%m%dT%H%M%SZ}-{recipe.digest()}"
-    folds = make_data(recipe)
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise RecipeError(f"{folder}: is there already; a run never writes into another. Name a new --out.") from None
-    except OSError as error:
-        raise KdlibError(f"{folder}: cannot be made: {error.strerror}.") from None
-    write_json(folder / "recipe.json", recipe.dump())
+    with ranks.together():
+        folds = make_data(recipe)
+    folder = ranks.once(_made_folder, recipe, out)
     no_pictures = figures.missing()
     if no_pictures is not None:
         say(f"{no_pictures} This run goes on without.")
@@ -86,6 +81,7 @@ def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], 
                 collected.setdefault((name, role), []).append((fold, parts.test, scores))
     classes = tuple(next(iter(folds.values())).classes)
     pooled = {key: _pooled(of, classes) for key, of in collected.items()}
+    cpus = ranks.gathered([time.process_time() - cpu])
     result = {
         "name": recipe.name,
         "rows": [_row(*key, of, len(classes)) for key, of in pooled.items()],
@@ -93,18 +89,36 @@ def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], 
         "folds": list(folds),
         "facts": facts_of(next(iter(folds.values()))),
         "spreads": _spreads(collected),
-        "seconds": {"wall": time.perf_counter() - started, "cpu": time.process_time() - cpu},
+        "seconds": {"wall": time.perf_counter() - started, "cpu": sum(cpus)},
         "environment": _environment(),
     }
     skipping = [parts.skipped for parts in folds.values() if hasattr(parts, "skipped")]
     if skipping:
         result["skipped"] = dict(pair for pairs in skipping for pair in pairs)
-    _write_predictions(folder / "predictions.csv", pooled, classes)
+    ranks.once(_write_results, folder, result, pooled)
+    return folder
+
+
+def _made_folder(recipe: Recipe, out: Path | None) -> Path:
+    """Make the folder of a run, with the recipe in it."""
+    now = datetime.datetime.now(datetime.UTC)
+    folder = out or Path("runs") / recipe.name / f"{now:%Y%m%dT%H%M%SZ}-{recipe.digest()}"
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise RecipeError(f"{folder}: is there already; a run never writes into another. Name a new --out.") from None
+    except OSError as error:
+        raise KdlibError(f"{folder}: cannot be made: {error.strerror}.") from None
+    write_json(folder / "recipe.json", recipe.dump())
+    return folder
+
+
+def _write_results(folder: Path, result: dict[str, Any], pooled: Mapping[tuple[str, str], Pooled]) -> None:
+    _write_predictions(folder / "predictions.csv", pooled, tuple(result["classes"]))
     write_json(folder / "result.json", result)
     write_sums(folder, ("recipe.json", "predictions.csv", "result.json"))
-    if no_pictures is None:
+    if figures.missing() is None:
         figures.draw(folder, result)
-    return folder
 
 
 def read_result(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
@@ -127,12 +141,12 @@ def read_result(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
+def quiet(wanted: bool) -> Iterator[None]:
     """Silence the bars of everything below, sources and plugins too: they write to rich's own console."""
     from rich import get_console
 
     console = get_console()
-    before, console.quiet = console.quiet, quiet or console.quiet
+    before, console.quiet = console.quiet, wanted or console.quiet
     try:
         yield
     finally:
@@ -233,4 +247,5 @@ def _environment() -> dict[str, Any]:
     found = {"python": platform.python_version()}
     found |= versions("kdlib-asc", "torch", "numpy", "scikit-learn", "soundfile")
     machine = f"{platform.system()} {platform.machine()}"
-    return {"versions": found, "machine": machine, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    threads, world = torch.get_num_threads(), ranks.world()
+    return {"versions": found, "machine": machine, "cores": os.cpu_count(), "threads": threads, "ranks": world}

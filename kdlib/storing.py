@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from kdlib import ranks
@@ -224,7 +224,10 @@ def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
     views = views_of(store)
     mine = range(rank, store.shards, world)
     wrote = False
-    with Progress(transient=True, disable=rank > 0 or not get_console().is_terminal) as bar:
+    with (
+        ranks.together(),
+        Progress(transient=True, disable=rank > 0 or not get_console().is_terminal) as bar,
+    ):
         task = bar.add_task(title, total=len(mine))
         for shard in mine:
             if not store.intact(shard):
@@ -234,9 +237,7 @@ def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
                 store.write(shard, teacher.of(blocks))
                 wrote = True
             bar.advance(task)
-    if ranks.grouped():
-        distributed.barrier()
-    if wrote and rank == 0 and len(store.finished()) == store.shards:
+    if any(ranks.gathered([wrote])) and rank == 0 and len(store.finished()) == store.shards:
         for name, error in rounding(store).items():
             get_console().print(
                 f"{title}: '{name}' kept as float16, at most {error:.2g} from what was computed", markup=False

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdlib import figures
+from kdlib import figures, ranks
 from kdlib.batch import call
 from kdlib.blocks import CacheBlock, Train
 from kdlib.building import (
@@ -80,9 +80,9 @@ def train_system(
     job = Job(name, recipe.systems[name], recipe.data, recipe.scorer, parts, folder, title, progress, recipe.cache)
     system = job.system
     train, valid, test, features = _featured(job)
-    make_folder(folder)
+    ranks.once(make_folder, folder)
     if features is not None:
-        write_tensors(folder / "features.safetensors", features.state_dict())
+        ranks.once(write_tensors, folder / "features.safetensors", features.state_dict())
 
     teacher = _teacher(job, train, valid)
     _save(folder / "teacher.safetensors", teacher, parts.classes)  # now: what follows may fail
@@ -97,7 +97,7 @@ def train_system(
             _save(folder / f"{stem(role)}.safetensors", network, parts.classes)
         scores[role] = _scored(job, role, network, train, test)
     if hasattr(source, "pictures") and figures.missing() is None:
-        _draw(job, source, test, scores["without"])
+        ranks.once(_draw, job, source, test, scores["without"])
     return scores
 
 
@@ -120,14 +120,15 @@ def _refuse_missing(system: System) -> None:
 
 
 def outputs(model: nn.Module, part: DataPart, train: Train) -> dict[str, np.ndarray]:
-    """Return the taps of every clip of a part in order: clean data, eval mode."""
+    """Return the taps of every clip of a part in order: clean data, eval mode. Ranks share the batches out."""
     model.eval()
-    collected: dict[str, list[np.ndarray]] = {}
-    with torch.inference_mode():
-        for batch in Loader(part, batch=train.batch, shuffle=False, workers=train.workers).epoch(CLEAN):
-            for name, tap in call(model, batch["x"]).items():
-                collected.setdefault(name, []).append(tap.float().numpy())
-    return {name: np.concatenate(pieces) for name, pieces in collected.items()}
+    loader = Loader(part, batch=train.batch, shuffle=False, workers=train.workers, shards="batches")
+    own: list[dict[str, np.ndarray]] = []
+    with ranks.together(), torch.inference_mode():
+        for batch in loader.epoch(CLEAN):
+            own.append({name: tap.float().numpy() for name, tap in call(model, batch["x"]).items()})
+    pieces = ranks.collected(own)
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def _featured(job: Job) -> tuple[DataPart, DataPart | None, DataPart, Any]:
@@ -227,7 +228,7 @@ def _pretrained(
     model.load_state_dict({**own, **carried})
     new = [name for name in own if name not in carried]
     text = "".join(f"{name}\n" for name in new)
-    write_atomically(job.folder / place / "not_carried_over.txt", text.encode())
+    ranks.once(write_atomically, job.folder / place / "not_carried_over.txt", text.encode())
     return model
 
 
@@ -261,11 +262,24 @@ def _scored(job: Job, role: str, network: nn.Module, train: DataPart, test: Data
     if "embedding" not in seen:
         raise RecipeError(f"{job.scorer.at}: a scorer wants the tap 'embedding'; the model gives {', '.join(seen)}.")
     with named(job.scorer):
-        scorer: Scorer = build(job.scorer.plugin, job.scorer.settings, {}, {}, job.scorer.at)
-        scorer.fit(seen["embedding"], train.labels)
-        write_arrays(job.folder / f"{stem(role)}-scorer.safetensors", scorer.state())
-        columns = tuple(classes[number] for number in scorer.classes_)
-        return Scores(ids, columns, scorer.scores(unseen["embedding"]), _spread(scorer.scores(seen["embedding"])))
+        return ranks.once(_scored_by, job, role, job.scorer, seen["embedding"], train.labels, unseen["embedding"], ids)
+
+
+def _scored_by(
+    job: Job,
+    role: str,
+    part: Part,
+    seen: np.ndarray,
+    labels: np.ndarray,
+    unseen: np.ndarray,
+    ids: tuple[str, ...],
+) -> Scores:
+    """Return the scores of the scorer that is trained on a network's embeddings, and save it."""
+    scorer: Scorer = build(part.plugin, part.settings, {}, {}, part.at)
+    scorer.fit(seen, labels)
+    write_arrays(job.folder / f"{stem(role)}-scorer.safetensors", scorer.state())
+    columns = tuple(job.parts.classes[number] for number in scorer.classes_)
+    return Scores(ids, columns, scorer.scores(unseen), _spread(scorer.scores(seen)))
 
 
 def _spread(values: np.ndarray) -> tuple[float, float]:
@@ -274,4 +288,4 @@ def _spread(values: np.ndarray) -> tuple[float, float]:
 
 def _save(path: Path, network: nn.Module, classes: Any) -> None:
     """Save a network under its own names: the file loads in a program that never heard of kdlib."""
-    write_tensors(path, network.state_dict(), {"classes": list(classes)})
+    ranks.once(write_tensors, path, network.state_dict(), {"classes": list(classes)})
