@@ -86,13 +86,26 @@ class Pretrain(Written):
     """Keys of `train` that are changed for it."""
 
 
+class Inference(Written):
+    """How a teacher runs while it labels for a student; it is trained as ``train`` says."""
+
+    precision: Literal["fp32", "bf16"] | None = None
+    """A copy with its weights and inputs in this type; without it as the student's training."""
+    layout: Literal["contiguous", "channels_last"] | None = None
+    """Without it as the student's training."""
+    compile: bool = False
+    """Through `torch.compile`, which takes seconds at the start and a C++ compiler."""
+
+
 class TeacherBlock(Written):
-    """The teacher: trained on hard labels, or loaded."""
+    """The teacher: trained on hard labels, or loaded; and how it runs while it labels."""
 
     model: Block | None = None
     """Settings that differ from `model`, or another kind of model."""
     train: Block = Field(default_factory=dict)
     """Keys of `train` that differ for the teacher."""
+    inference: Inference = Inference()
+    """A table with `precision`, `layout` and `compile`: how it runs while it labels for a student."""
     weights: RecipePath | None = None
     """Load the teacher from this file instead of training it."""
     pretrain: Pretrain | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from kdlib import ranks
-from kdlib.batch import SHARE, as_batch, map_tensors
+from kdlib.batch import SHARE, as_batch, layout_of, map_tensors
 from kdlib.errors import DataError, KdlibError
 from kdlib.interfaces import Batch, DataPart
 from kdlib.keyed import keyed as _keyed
@@ -288,8 +288,7 @@ def to_device(batch: Batch, device: torch.device, layout: torch.memory_format) -
     """Return the batch on a device. ``index`` and ``epoch`` stay behind: they look things up on the host."""
 
     def moved(value: Tensor) -> Tensor:
-        image = value.dim() == 4 and value.is_floating_point()
-        return value.to(device, non_blocking=True, memory_format=layout if image else torch.preserve_format)
+        return value.to(device, non_blocking=True, memory_format=layout_of(value, layout))
 
     kept = ("index", "epoch")
     return {name: value if name in kept else map_tensors(moved, value) for name, value in batch.items()}

@@ -15,7 +15,6 @@ from kdlib.distiller import Losses
 from kdlib.errors import TrainingError
 from kdlib.interfaces import Batch
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PRECISIONS = ("fp32", "bf16")
 
 

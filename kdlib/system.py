@@ -24,6 +24,7 @@ from kdlib.building import (
     make_model,
     make_points,
     make_source,
+    make_teacher,
     named,
 )
 from kdlib.cache import fit_features
@@ -43,7 +44,6 @@ from kdlib.registry import build
 from kdlib.resuming import Keeping
 from kdlib.sources import CrossFit, fold_of_groups
 from kdlib.sources.parts import Rows
-from kdlib.taps import freeze
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _students(
 ) -> tuple[dict[str, nn.Module], Any]:
     """Train the control and the student, and return them with the student's source."""
     system, roles = job.system, {}
-    teacher = freeze(copy.deepcopy(trained))
+    teacher = make_teacher(copy.deepcopy(trained), system.inference)
     student = start
     if system.cross_fit is None:  # before the control: what is refused here is refused before it is trained
         source = make_source(system, teacher, student, train)
@@ -214,7 +214,7 @@ def _cross_fitted(job: Job, parts: int, student: nn.Module, train: DataPart, val
     for part in range(parts):
         rest = Rows(train, np.flatnonzero(folds != part))
         teacher = _teacher(job, rest, valid, f"teacher-without-{part}")
-        sources.append(make_source(system, freeze(teacher), student, train))
+        sources.append(make_source(system, make_teacher(teacher, system.inference), student, train))
     return CrossFit(sources, train, seed=seed)
 
 

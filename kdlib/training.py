@@ -35,7 +35,8 @@ class History:
     epochs: list[dict[str, float]] = field(default_factory=list)
     """``epoch``, ``step``, ``lr``, ``seconds``, ``total`` and each term as means over the epoch's rows, on all ranks;
     with a validation part the same with ``valid_`` before the name. ``waiting`` is the share of the time of the epoch's
-    steps in which they waited for data: what loading takes, or with workers what it takes longer than the steps do."""
+    steps in which they waited for data: what loading takes, or with workers what it takes longer than the steps do.
+    ``seconds`` and ``waiting`` are this rank's."""
     best: int = -1
     """The epoch whose weights were kept."""
     teacher: dict[str, Hits] = field(default_factory=dict)
@@ -247,13 +248,17 @@ class Training:
         self.distiller.eval()
         means = Means()
         clock = (int(self.distiller.step), self.epoch)
-        with self._keyed("validate"), ranks.together():
-            for batch in loader.epoch(CLEAN):
-                if ranks.world() == 1:  # ranks have different numbers of batches here
-                    self.between()
-                losses = self.place.forward(self.distiller, {**self.place.batch(batch), "clock": lambda: clock})
-                _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {self.epoch}")
-                means.add(losses, len(batch["index"]))
+        with self._keyed("validate"):
+            batches = loader.epoch(CLEAN)
+            for _ in range(ranks.highest(len(loader))):  # a rank may have one batch less than the others
+                self.between()
+                with ranks.together():
+                    batch = next(batches, None)
+                    if batch is None:
+                        continue
+                    losses = self.place.forward(self.distiller, {**self.place.batch(batch), "clock": lambda: clock})
+                    _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {self.epoch}")
+                    means.add(losses, len(batch["index"]))
         return {f"valid_{name}": value for name, value in means.of_all_ranks().result().items()}
 
 
