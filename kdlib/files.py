@@ -34,6 +34,11 @@ DEEPEST = 50
 """Tables and lists inside one another in a file that is read; no file of ours comes near."""
 
 
+def reason(error: OSError | ValueError) -> str:
+    """Return what the system says against a path, without the path; a ValueError is of one with a NUL."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder where it is missing, and see that files can be made in it.
 
@@ -42,8 +47,8 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KdlibError(f"{folder}: cannot be made: {error.strerror}.") from None
+    except (OSError, ValueError) as error:
+        raise KdlibError(f"{folder}: cannot be made: {reason(error)}.") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise KdlibError(f"{folder}: no files can be made there; it is read-only, or somebody else's.")
 
@@ -75,7 +80,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise KdlibError(f"{path}: {len(data):,} bytes cannot be written: {error.strerror or error}.") from error
+        raise KdlibError(f"{path}: {len(data):,} bytes cannot be written: {reason(error)}.") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -96,7 +101,7 @@ def append(path: Path, data: bytes) -> None:
                 file.truncate(size)
                 raise
     except OSError as error:
-        raise KdlibError(f"{path}: {len(data):,} bytes cannot be written: {error.strerror or error}.") from error
+        raise KdlibError(f"{path}: {len(data):,} bytes cannot be written: {reason(error)}.") from error
 
 
 def remove_left_over(folder: Path) -> None:
@@ -153,12 +158,11 @@ def read_bounded(path: Path, largest: int) -> bytes:
         KdlibError: it is larger, cannot be read, or is no file.
     """
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise KdlibError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}.")
+        _require_file(path)
         with path.open("rb") as file:
             data = file.read(largest + 1)
     except (OSError, ValueError) as error:
-        raise KdlibError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        raise KdlibError(f"{path}: cannot be read: {reason(error)}.") from None
     if len(data) > largest:
         raise KdlibError(f"{path}: larger than {largest:,} bytes, and not what it should be.")
     return data
@@ -227,12 +231,14 @@ def _with_checksum(data: bytes, metadata: Mapping[str, Any]) -> bytes:
     return blank.replace(BLANK.encode(), hashlib.sha256(blank).hexdigest().encode(), 1)
 
 
+def _require_file(path: Path) -> None:
+    if not os.path.isfile(path):  # a pipe would be waited for; and pathlib raises where a name is too long for any file
+        raise KdlibError(f"{path}: {'not a file' if os.path.exists(path) else 'there is no such file'}.")
+
+
 def _checked(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file; refuse one that kdlib wrote and that is not as it was written."""
-    if not path.exists():
-        raise KdlibError(f"{path}: there is no such file.")
-    if not path.is_file():  # a pipe would be waited for
-        raise KdlibError(f"{path}: not a file.")
+    _require_file(path)
     try:
         with safetensors.safe_open(path, framework="np") as file:
             notes: dict[str, str] = file.metadata() or {}

@@ -20,7 +20,7 @@ import torch
 from kdlib import figures
 from kdlib.building import facts_of
 from kdlib.errors import KdlibError, RecipeError
-from kdlib.files import parse_json, read_checked, write_atomically, write_json, write_sums
+from kdlib.files import parse_json, read_checked, reason, write_atomically, write_json, write_sums
 from kdlib.fusion import Scores, fuse
 from kdlib.interfaces import DataPart, DataParts
 from kdlib.metrics import confusion_matrix, macro_accuracy, wilson_interval
@@ -72,8 +72,8 @@ def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], 
         folder.mkdir(parents=True)
     except FileExistsError:
         raise RecipeError(f"{folder}: is there already; a run never writes into another. Name a new --out.") from None
-    except OSError as error:
-        raise KdlibError(f"{folder}: cannot be made: {error.strerror}.") from None
+    except (OSError, ValueError) as error:
+        raise KdlibError(f"{folder}: cannot be made: {reason(error)}.") from None
     write_json(folder / "recipe.json", recipe.dump())
     no_pictures = figures.missing()
     if no_pictures is not None:
@@ -113,7 +113,7 @@ def read_result(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
     Raises:
         KdlibError: there is none, one of the two is damaged, or it is not that of a run, for it lacks a wanted key.
     """
-    if not (folder / "result.json").exists():
+    if not os.path.exists(folder / "result.json"):
         raise KdlibError(f"{folder}: no finished run; it has no result.json.")
     read_checked(folder, "recipe.json", RECIPE)
     try:

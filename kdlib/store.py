@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -275,7 +276,7 @@ def make_store(
         KdlibError: it cannot be written, or there is too little room on the disk for what it lacks.
     """
     plain: dict[str, Any] = json.loads(_json({"made_of": dict(made_of), "rows": rows}))
-    if not (folder / MANIFEST).exists():
+    if not os.path.exists(folder / MANIFEST):
         make_folder(folder)
         arrays = dict(sorted(row().items()))
         for name, array in arrays.items():
@@ -304,7 +305,7 @@ def make_store(
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise DataError(f"{path}: not a file.")
         with path.open("rb") as file:
             data = file.read(LARGEST)  # a longer one is cut, and refused
