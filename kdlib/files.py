@@ -170,23 +170,34 @@ def read_bounded(path: Path, largest: int) -> bytes:
 
 def write_sums(folder: Path, names: Iterable[str]) -> None:
     """Write the checksums of some files of a folder beside them."""
-    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    write_atomically(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
+    lines = [_sum_line(name, (folder / name).read_bytes()) for name in names]
+    write_atomically(folder / SUMS, b"".join(lines))
 
 
-def read_checked(folder: Path, name: str, largest: int) -> bytes:
-    """Return the contents of a file of which ``SHA256SUMS`` holds the checksum.
+def read_checked(folder: Path, largest: Mapping[str, int]) -> dict[str, bytes]:
+    """Return the contents of the files of a folder that ``SHA256SUMS`` is of.
+
+    Args:
+        folder: of the files.
+        largest: by name in their order there, how many bytes a file has at most.
 
     Raises:
-        KdlibError: it cannot be read, or it and its checksum do not agree.
+        KdlibError: a file cannot be read, or it and its checksum do not agree.
     """
-    data = read_bounded(folder / name, largest)
-    lines = read_bounded(folder / SUMS, largest).splitlines()
-    if f"{hashlib.sha256(data).hexdigest()}  {name}".encode() not in lines:
+    found = {name: read_bounded(folder / name, size) for name, size in largest.items()}
+    lines = {name: _sum_line(name, data) for name, data in found.items()}
+    stated = read_bounded(folder / SUMS, 1 << 16)
+    if stated != b"".join(lines.values()):
+        changed = next((name for name, line in lines.items() if line not in stated), SUMS)
         raise KdlibError(
-            f"{folder / name}: damaged, or changed by hand: it and {SUMS} do not agree. Copy the folder again."
+            f"{folder / changed}: damaged, or changed by hand: {SUMS} is not that of {' and '.join(lines)}. Copy the "
+            "folder again."
         )
-    return data
+    return found
+
+
+def _sum_line(name: str, data: bytes) -> bytes:
+    return f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:

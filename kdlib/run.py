@@ -25,13 +25,13 @@ from kdlib.fusion import Scores, fuse
 from kdlib.interfaces import DataPart, DataParts
 from kdlib.metrics import confusion_matrix, macro_accuracy, wilson_interval
 from kdlib.recipe import FUSED, Part, Recipe
-from kdlib.recipe import LARGEST as RECIPE
+from kdlib.recipe import LARGEST as LARGEST_RECIPE
 from kdlib.registry import build
 from kdlib.system import train_system
 from kdlib.versions import versions
 
-RESULT = 1 << 26
-"""Bytes of a ``result.json`` that is read."""
+LARGEST = {"recipe.json": LARGEST_RECIPE, "result.json": 1 << 26}
+"""Bytes of the files of a run that are read again, but for the networks."""
 ROLES = ("without", "continued", "alone", "with")
 
 
@@ -101,7 +101,7 @@ def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], 
         result["skipped"] = dict(pair for pairs in skipping for pair in pairs)
     _write_predictions(folder / "predictions.csv", pooled, classes)
     write_json(folder / "result.json", result)
-    write_sums(folder, ("recipe.json", "predictions.csv", "result.json"))
+    write_sums(folder, LARGEST)
     if no_pictures is None:
         figures.draw(folder, result)
     return folder
@@ -115,9 +115,8 @@ def read_result(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
     """
     if not os.path.exists(folder / "result.json"):
         raise KdlibError(f"{folder}: no finished run; it has no result.json.")
-    read_checked(folder, "recipe.json", RECIPE)
     try:
-        result = parse_json(read_checked(folder, "result.json", RESULT))
+        result = parse_json(read_checked(folder, LARGEST)["result.json"])
     except ValueError as error:
         raise KdlibError(f"{folder}: result.json cannot be read: {error}.") from None
     lacking = set(wanted) - set(result if isinstance(result, dict) else ())

@@ -226,8 +226,11 @@ class Store:
         try:
             with _beside(path).open("rb") as beside:
                 seal = beside.read(LARGEST)
+            size = path.stat().st_size
+            if size > 8 + LARGEST + self.row_bytes * len(self.span(shard)):  # not worth a checksum
+                raise DataError(f"{path}: damaged: {size:,} bytes, more than {MANIFEST} says. Delete it, make it anew.")
             # Unlike mmap's, torch's map holds no file descriptor: there may be more shards than a process may have.
-            raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+            raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
         except FileNotFoundError as error:
             raise DataError(f"{error.filename}: there is no such file; the store is not finished.") from None
         except (OSError, RuntimeError) as error:
