@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from kdlib.errors import BatchError, TapError, did_you_mean
 from kdlib.interfaces import Batch
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+SHARE = "share"
+"""The key of a batch by whose value a rank's loss is multiplied: see :class:`kdlib.Loader`."""
 
 
 class NamedTaps(dict[str, Tensor]):
@@ -57,6 +62,11 @@ def as_batch(batch: Any) -> Batch:
     )
 
 
+def borrowed(batch: Batch) -> bool:
+    """Return whether a batch's rows are another rank's, for this one has none: what counts rows leaves it out."""
+    return batch.get(SHARE) == 0
+
+
 def same_shape(student: Tensor, teacher: Tensor) -> None:
     """Refuse a student's and a teacher's tap of different shapes, naming both; for authors of points.
 
@@ -86,6 +96,11 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
         items = [map_tensors(function, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+def layout_of(tensor: Tensor, layout: torch.memory_format) -> torch.memory_format:
+    """Return the layout in which a tensor goes into a network: images (four axes) in ``layout``, others as they are."""
+    return layout if tensor.dim() == 4 and tensor.is_floating_point() else torch.preserve_format
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

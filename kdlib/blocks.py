@@ -69,6 +69,8 @@ class Train(Written):
     """Largest norm of the gradient."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Batches an optimizer step; batch norm still sees single batches."""
+    batch_norm: Literal["local", "sync"] = "local"
+    """Of several ranks: each normalises by its own rows, or by those of all (on CUDA only)."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that load clips; their number changes no result."""
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -84,13 +86,26 @@ class Pretrain(Written):
     """Keys of `train` that are changed for it."""
 
 
+class Inference(Written):
+    """How a teacher runs while it labels for a student; it is trained as ``train`` says."""
+
+    precision: Literal["fp32", "bf16"] | None = None
+    """A copy with its weights and inputs in this type; without it as the student's training."""
+    layout: Literal["contiguous", "channels_last"] | None = None
+    """Without it as the student's training."""
+    compile: bool = False
+    """Through `torch.compile`, which takes seconds at the start and a C++ compiler."""
+
+
 class TeacherBlock(Written):
-    """The teacher: trained on hard labels, or loaded."""
+    """The teacher: trained on hard labels, or loaded; and how it runs while it labels."""
 
     model: Block | None = None
     """Settings that differ from `model`, or another kind of model."""
     train: Block = Field(default_factory=dict)
     """Keys of `train` that differ for the teacher."""
+    inference: Inference = Inference()
+    """A table with `precision`, `layout` and `compile`: how it runs while it labels for a student."""
     weights: RecipePath | None = None
     """Load the teacher from this file instead of training it."""
     pretrain: Pretrain | None = None

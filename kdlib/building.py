@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from kdlib.blocks import CacheBlock
+from kdlib.blocks import CacheBlock, Inference
 from kdlib.cache import Cache
 from kdlib.errors import KdlibError, RecipeError
 from kdlib.files import read_tensors
@@ -20,6 +21,10 @@ from kdlib.keyed import default_generators_keyed
 from kdlib.points import of
 from kdlib.recipe import Part, System
 from kdlib.registry import build
+from kdlib.taps import Frozen, freeze
+
+DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
+"""What a teacher's weights and inputs are cast to, by precision."""
 
 
 def facts_of(parts: DataParts) -> dict[str, Any]:
@@ -35,6 +40,11 @@ def make_model(part: Part, facts: Mapping[str, Any], seed: int, *key: str) -> nn
     if not isinstance(model, nn.Module):
         raise KdlibError(f"{part.at}: the model '{part.plugin.name}' is a {type(model).__name__}, not a module.")
     return model
+
+
+def make_teacher(model: nn.Module, how: Inference, classes: Sequence[str] | None = None) -> Frozen:
+    """Make a teacher of a trained network, which runs as the recipe says."""
+    return freeze(model, dtype=DTYPES[how.precision], layout=how.layout, compile=how.compile, classes=classes)
 
 
 def make_features(part: Part, facts: Mapping[str, Any]) -> Any:

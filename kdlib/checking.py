@@ -17,6 +17,7 @@ from kdlib.building import (
     make_model,
     make_points,
     make_source,
+    make_teacher,
     named,
 )
 from kdlib.cache import Cache, fit_features
@@ -31,7 +32,6 @@ from kdlib.run import make_data
 from kdlib.sources import Stored
 from kdlib.sources.parts import Alike
 from kdlib.sources.stored import KEY
-from kdlib.taps import freeze
 
 LOOKED_AT = 64
 """Clips of the training part that a check reads."""
@@ -73,7 +73,7 @@ def built(
         trained = make_model(system.teacher.model, facts, system.teacher.train.seed, name, "teacher")
         if system.weights is not None:
             load_weights(trained, system.weights, parts.classes)
-        teacher = freeze(trained)
+        teacher = make_teacher(trained, system.inference)
         source = make_source(system, teacher, student, train)
         distiller = Distiller(student, source, **make_points(system, teacher, student, train))
         if isinstance(source, Stored) and isinstance(some, Few):

@@ -130,8 +130,11 @@ class Distiller(nn.Module):
                 weight = value_in(weight, batch, f"weight of {name}")
             if weight == 0:
                 continue
-            with _blamed("point", point, name):
+            try:
                 loss = point(student, teacher, batch)
+            except Exception as error:
+                _blame(error, "point", point, name)
+                raise
             if not isinstance(loss, Tensor) or loss.dim() != 0:
                 shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise KdlibError(f"Point '{name}' returned {shape}; a point returns one number, a scalar tensor.")
@@ -164,8 +167,11 @@ class Distiller(nn.Module):
                 with torch.no_grad():
                     student, teacher = self._both(batch)
                 for name, point in wanting.items():
-                    with _blamed("point", point, name):
+                    try:
                         point.prepare(NamedTaps(student, "student"), NamedTaps(teacher, "teacher"), batch)
+                    except Exception as error:
+                        _blame(error, "point", point, name)
+                        raise
             self._prepared = True
         return self
 
@@ -217,9 +223,12 @@ class Distiller(nn.Module):
     def _both(self, batch: NamedBatch) -> tuple[Taps, Taps]:
         teacher: Taps = {}
         if self.source is not None:
-            with _blamed("source", self.source):
+            try:
                 teacher = self.source(batch)
-        return checked_taps(call(self.student, batch["x"]), "student"), teacher
+            except Exception as error:
+                _blame(error, "source", self.source)
+                raise
+        return checked_taps(call(self._modules["student"], batch["x"]), "student"), teacher
 
     def _timed(self, batch: Batch) -> NamedBatch:
         """Return the batch with a clock: a function, since only schedules want to know the time."""
@@ -253,25 +262,13 @@ def _attributes(point: Any) -> dict[str, Any]:
     return vars(point) if inner is None else {**vars(point), **_attributes(inner)}
 
 
-class _blamed:
-    """Say in an error which point or source it comes from."""
-
-    def __init__(self, role: str, part: object, name: str = "") -> None:
-        self.role = role
-        self.part = part
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            return
-        named = f" '{self.name}'" if self.name else ""
-        where = f"{self.role}{named} ({type(self.part).__name__})"
-        if isinstance(error, KdlibError):
-            raise type(error)(f"{where[0].upper()}{where[1:]}: {error}") from error
-        error.add_note(f"in {where}")
+def _blame(error: Exception, role: str, part: object, name: str = "") -> None:
+    """Say in an error which point or source it comes from. A context manager would cost time where there is none."""
+    named = f" '{name}'" if name else ""
+    where = f"{role}{named} ({type(part).__name__})"
+    if isinstance(error, KdlibError):
+        raise type(error)(f"{where[0].upper()}{where[1:]}: {error}") from error
+    error.add_note(f"in {where}")
 
 
 class _Complete:

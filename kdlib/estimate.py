@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdlib.batch import call, map_tensors
+from kdlib.batch import LAYOUTS, call, map_tensors
 from kdlib.blocks import Train
 from kdlib.building import facts_of, make_features, make_model
 from kdlib.checking import Few, built
@@ -20,7 +20,7 @@ from kdlib.data import CLEAN, to_device
 from kdlib.distiller import Distiller
 from kdlib.featured import MEMORY
 from kdlib.interfaces import DataPart, DataParts
-from kdlib.place import LAYOUTS, threads_set
+from kdlib.place import threads_set
 from kdlib.points import HardLabels
 from kdlib.recipe import Part, Recipe, System
 from kdlib.run import make_data

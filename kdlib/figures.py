@@ -49,7 +49,7 @@ LONGEST = 28
 ABREAST = 4
 """Trainings side by side in a picture."""
 TRAININGS = ("pretrain", "teacher", "student-pretrain", "continued", "alone", "student")
-NOT_LOSSES = ("epoch", "step", "lr", "seconds")
+NOT_LOSSES = ("epoch", "step", "lr", "seconds", "waiting")
 
 P = ParamSpec("P")
 

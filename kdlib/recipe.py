@@ -15,6 +15,7 @@ from kdlib.blocks import (
     Block,
     CacheBlock,
     Fusion,
+    Inference,
     PointKeys,
     RecipeBlock,
     StudentBlock,
@@ -31,7 +32,7 @@ from kdlib.sources import Stored
 
 FUSED = "fusion"
 """The system under which the rows of the fusion stand."""
-COLUMNS = ("epoch", "step", "lr", "total", "seconds")
+COLUMNS = ("epoch", "step", "lr", "total", "seconds", "waiting")
 LARGEST = 1 << 19
 """Bytes of a recipe file."""
 DOTTED = 300
@@ -89,6 +90,7 @@ class System:
     features: Part | None
     teacher: Network
     weights: Path | None
+    inference: Inference
     cross_fit: int | None
     """Teachers that label only clips of recordings that they were not trained on."""
     pretrain: Block | None
@@ -130,6 +132,7 @@ class Recipe:
                 "features": system.features and system.features.dump(),
                 "teacher": {
                     **network(system.teacher),
+                    "inference": system.inference.model_dump() if system.source else None,
                     "weights": weights,
                     "pretrain": system.pretrain,
                     "cross_fit": fits,
@@ -369,6 +372,8 @@ def _system(block: SystemBlock, at: str, train: Block, base: Path) -> System:
         raise RecipeError(f"{at}points: a system with a source needs a point, for example kind = 'soft_labels'.")
     if block.source is None and block.teacher.cross_fit is not None:
         raise RecipeError(f"{at}teacher.cross_fit: there is no source; cross-fitted teachers label for a student.")
+    if block.source is None and "inference" in block.teacher.model_fields_set:
+        raise RecipeError(f"{at}teacher.inference: there is no source; it is for a teacher that labels for a student.")
     if block.teacher.weights is not None and block.teacher.cross_fit is not None:
         raise RecipeError(
             f"{at}teacher.cross_fit: its teachers are trained here, each without a part of the recordings; those of "
@@ -382,6 +387,7 @@ def _system(block: SystemBlock, at: str, train: Block, base: Path) -> System:
         features=None if block.features is None else _part("features", block.features, f"{at}features", base),
         teacher=teacher,
         weights=block.teacher.weights,
+        inference=block.teacher.inference,
         cross_fit=block.teacher.cross_fit,
         pretrain=None if pretrain is None or first is None else {"model": pretrain.model, "train": first.model_dump()},
         student=student,

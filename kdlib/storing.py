@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from kdlib import ranks
-from kdlib.building import facts_of, load_weights, make_cache, make_features, make_model, make_source
+from kdlib.batch import LAYOUTS
+from kdlib.building import facts_of, load_weights, make_cache, make_features, make_model, make_source, make_teacher
 from kdlib.data import CLEAN, to_device
 from kdlib.errors import DataError, KdlibError, TapError, did_you_mean
 from kdlib.featured import Featured
@@ -22,14 +23,14 @@ from kdlib.files import read_tensors
 from kdlib.fingerprints import data_of, settings_of
 from kdlib.interfaces import DataPart, DataParts, SoftLabelSource, Taps
 from kdlib.keyed import default_generators_keyed
-from kdlib.place import LAYOUTS, device_of, threads_set
+from kdlib.place import device_of, threads_set
 from kdlib.recipe import Recipe, System, read
 from kdlib.run import make_data, place_of, read_result
 from kdlib.settings import LIVE
 from kdlib.sources import SameInput, Stored
 from kdlib.sources.stored import ERROR, SOFT_LABELS, views_of
 from kdlib.store import MANIFEST, SHARD, Store, make_store
-from kdlib.taps import Frozen, freeze
+from kdlib.taps import Frozen
 from kdlib.versions import versions
 
 BLOCKS = 16
@@ -224,7 +225,10 @@ def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
     views = views_of(store)
     mine = range(rank, store.shards, world)
     wrote = False
-    with Progress(transient=True, disable=rank > 0 or not get_console().is_terminal) as bar:
+    with (
+        ranks.together(),
+        Progress(transient=True, disable=rank > 0 or not get_console().is_terminal) as bar,
+    ):
         task = bar.add_task(title, total=len(mine))
         for shard in mine:
             if not store.intact(shard):
@@ -234,9 +238,7 @@ def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
                 store.write(shard, teacher.of(blocks))
                 wrote = True
             bar.advance(task)
-    if ranks.grouped():
-        distributed.barrier()
-    if wrote and rank == 0 and len(store.finished()) == store.shards:
+    if any(ranks.gathered([wrote])) and rank == 0 and len(store.finished()) == store.shards:
         for name, error in rounding(store).items():
             get_console().print(
                 f"{title}: '{name}' kept as float16, at most {error:.2g} from what was computed", markup=False
@@ -287,7 +289,7 @@ def store_run(
         teacher = make_model(own.teacher.model, result["facts"], own.teacher.train.seed)
         load_weights(teacher, place_of(run, fold, name) / "teacher.safetensors", parts.classes)
         training, *validation = _parts(own, recipe, parts, place_of(run, fold, name))
-        frozen = freeze(teacher, classes=parts.classes)
+        frozen = make_teacher(teacher, own.inference, parts.classes)
         source = make_source(own, frozen, None, training) or SameInput(frozen)
         for what, part, drawn in (("training", training, views), *(("validation", one, 0) for one in validation)):
             stores.append(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from kdlib.batch import map_tensors, tensors_in
+from kdlib.batch import LAYOUTS, layout_of, map_tensors, tensors_in
 from kdlib.errors import TapError, did_you_mean
 from kdlib.fingerprints import digest, name_of, source_of, state_of
 from kdlib.interfaces import Taps
@@ -64,20 +65,24 @@ class Tapped(nn.Module):
         now = self._pass
         now.captured = captured = {}
         now.with_gradient = torch.is_grad_enabled()
+        now.watched = not torch.compiler.is_compiling()
         now.versions = {}
         try:
-            output = self.model(*args, **kwargs)
+            output = self._modules["model"](*args, **kwargs)  # type: ignore[misc]  # found sooner than self.model
         finally:
             now.captured = None
         for name, picks in self._own.items():
             captured[name] = _pick(output, picks, name, self)
-        for name, path in self.taps.items():
+        taps = {}
+        for name in self.taps:
             if name not in captured:
+                path = self.taps[name]
                 raise TapError(f"Tap '{name}' did not fire: module '{path}' was not called in this forward.")
-        if not torch.compiler.is_compiling():
+            taps[name] = captured[name]
+        if now.watched:
             self._refuse_changed(captured)
         now.versions = {}
-        return {name: captured[name] for name in self.taps}
+        return taps
 
     def remove(self) -> None:
         """Take the hooks off the model. The Tapped is of no use afterwards; the model is as it was."""
@@ -104,7 +109,7 @@ class Tapped(nn.Module):
                 f"Tap '{name}': module '{self.taps[name]}' ran without gradients, under torch.no_grad or in a "
                 "re-entrant checkpoint; a point on it would train nothing. Use checkpoint(..., use_reentrant=False)."
             )
-        tap = _pick(output, picks, name, self)
+        tap = output if isinstance(output, Tensor) and not picks else _pick(output, picks, name, self)
         previous = now.captured.get(name)
         if previous is not None and previous.requires_grad == tap.requires_grad:
             raise TapError(
@@ -113,7 +118,7 @@ class Tapped(nn.Module):
             )
         if previous is None or tap.requires_grad:  # of two captures, the one without gradient must not win
             now.captured[name] = tap
-            if not torch.compiler.is_compiling() and not tap.is_inference():
+            if now.watched and not tap.is_inference():
                 now.versions[name] = tap._version
 
     def _refuse_changed(self, captured: Mapping[str, Tensor]) -> None:
@@ -131,6 +136,7 @@ class _Pass:
     def __init__(self) -> None:
         self.captured: dict[str, Tensor] | None = None
         self.with_gradient = False
+        self.watched = False
         self.versions: dict[str, int] = {}
 
 
@@ -193,7 +199,7 @@ def checked_taps(output: Any, role: str) -> Taps:
 
     What is no tensor, such as a named output's tuple of all hidden states, is no tap; Tapped picks from it.
     """
-    if not isinstance(output, Mapping):
+    if not isinstance(output, (dict, Mapping)):  # a dictionary is found sooner
         raise TapError(
             f"The {role} returned {_describe(output)}, not taps. Wrap it: "
             "kdlib.Tapped(model, logits=\"\") names its output 'logits'."
@@ -208,27 +214,38 @@ class Frozen:
     parameters. Make one with :func:`freeze`.
     """
 
-    def __init__(self, model: nn.Module, *, pinned: torch.device | None, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pinned: torch.device | None,
+        dtype: torch.dtype | None,
+        layout: torch.memory_format | None,
+        compile: bool,
+    ) -> None:
         self.model = model
         self.classes: tuple[str, ...] | None = None
         self._parts = list(model.modules())
         self._weight = next(model.parameters(), None)
         self._pinned = pinned
         self._dtype = dtype
+        self._layout = layout
+        self._compile = compile
+        self._compiled: dict[str, Callable[..., Any]] = {}
         self._order: tuple[int, ...] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Taps:
         """Return the model's taps, without gradient."""
-        return self._aligned(checked_taps(self._run(self.model, args, kwargs), "teacher"))
+        return self._aligned(checked_taps(self._run("__call__", args, kwargs), "teacher"))
 
     def encode(self, x: Any) -> Tensor:
         """Return the frames (B, frames, D) of a model that has ``encode`` and ``head``."""
-        frames: Tensor = self._run(self._method("encode"), (x,), {})
+        frames: Tensor = self._run("encode", (x,), {})
         return frames
 
     def head(self, frames: Tensor) -> Taps:
         """Return the taps for frames (B, frames, D) of a model that has ``encode`` and ``head``."""
-        return self._aligned(checked_taps(self._run(self._method("head"), (frames,), {}), "teacher"))
+        return self._aligned(checked_taps(self._run("head", (frames,), {}), "teacher"))
 
     def made_of(self) -> dict[str, Any]:
         """Return what its taps depend on, as plain data: class, structure, weights, type and order of classes."""
@@ -238,6 +255,7 @@ class Frozen:
             "structure": digest([repr(self.model).encode()]),
             "state": state_of(self.model.state_dict()),
             "dtype": None if self._dtype is None else str(self._dtype),
+            "compiled": self._compile,
             "classes": None if self.classes is None else list(self.classes),
             "order": None if self._order is None else list(self._order),
         }
@@ -245,31 +263,54 @@ class Frozen:
     def __repr__(self) -> str:
         return f"Frozen({type(self.model).__name__})"
 
-    def _method(self, name: str) -> Any:
-        method = getattr(self.model, name, None)
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was compiled: it belongs to this model, and a copy compiles its own."""
+        return {**self.__dict__, "_compiled": {}}
+
+    def _method(self, name: str) -> Callable[..., Any]:
+        method: Callable[..., Any] | None = self.model if name == "__call__" else getattr(self.model, name, None)
         if method is None:
             raise TapError(
                 f"The teacher {type(self.model).__name__} has no method '{name}'. Joining frames wants a model with "
                 "encode(x) -> (B, frames, D) and head(frames) -> taps; join inputs instead."
             )
-        return method
+        if not self._compile:
+            return method
+        if name not in self._compiled:
+            self._compiled[name] = torch.compile(method)
+        return partial(self._call_compiled, self._compiled[name])
 
-    def _run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call_compiled(self, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except RuntimeError as error:
+            if type(error).__module__.split(".")[:2] not in (["torch", "_dynamo"], ["torch", "_inductor"]):
+                raise
+            reason = " ".join(str(error).split("\n\n")[0].split())  # what follows is how to debug torch
+            raise TapError(
+                f"The teacher {type(self.model).__name__} cannot be compiled here: {reason} "
+                "Leave compile out, or see what kdlib doctor says of a compiler."
+            ) from error
+
+    def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function = self._method(name)
         first = args[0] if args else None
         example = first if isinstance(first, Tensor) else next(tensors_in((args, kwargs)), None)
-        if any(part.training for part in self._parts):
-            self.model.eval()
+        for part in self._parts:  # not any(...), which takes longer than all else here
+            if part.training:
+                self.model.eval()
+                break
         home = None if example is None else example.device
         place = self._pinned or home
         if place is not None and self._weight is not None and self._weight.device != place:
             self.model.to(place)
         with torch.no_grad():
-            if self._dtype is None and place == home:
+            if self._dtype is None and self._layout is None and place == home:
                 return function(*args, **kwargs)
+            args, kwargs = (_moved(value, place, self._dtype, self._layout) for value in (args, kwargs))
             if self._dtype is None:
-                return _moved(function(*_moved(args, place), **_moved(kwargs, place)), home)
+                return _moved(function(*args, **kwargs), home)
             back = example.dtype if example is not None and example.is_floating_point() else torch.get_default_dtype()
-            args, kwargs = _moved(args, place, self._dtype), _moved(kwargs, place, self._dtype)
             with torch.autocast((place or torch.device("cpu")).type, enabled=False):
                 return _moved(function(*args, **kwargs), home, back)
 
@@ -308,6 +349,8 @@ def freeze(
     model: nn.Module,
     *,
     dtype: torch.dtype | None = None,
+    layout: Literal["contiguous", "channels_last"] | None = None,
+    compile: bool = False,
     device: torch.device | str | None = None,
     classes: Sequence[str] | None = None,
 ) -> Frozen:
@@ -319,8 +362,16 @@ def freeze(
     Args:
         model: a module that returns taps (:class:`Tapped`, or one that returns a dictionary).
         dtype: run a copy in this type, outside of the caller's autocast; taps come back in the input's type.
+        layout: lay out weights and inputs of four axes so. Default: the weights as they are, inputs as they come.
+        compile: run it through ``torch.compile``, from the first call on (which takes seconds, and again where the
+            shape of the input changes). On a CPU this wants a C++ compiler. Values are equal up to rounding. A further
+            :class:`Tapped` on the model must be made before that call: its taps do not fire afterwards.
         device: stay on this device and bring the taps back. Default: follow the input.
         classes: the names of the logits' columns, for :meth:`Frozen.aligned`.
+
+    Raises:
+        TapError: the model is frozen already, the layout is unknown, or a class is named twice; at the first call,
+            that it cannot be compiled here.
 
     Example:
         >>> import torch, kdlib
@@ -331,13 +382,18 @@ def freeze(
     """
     if isinstance(model, Frozen):
         raise TapError("freeze was given a teacher that is frozen already.")
+    if layout is not None and layout not in LAYOUTS:
+        raise TapError(f"layout={layout!r} is unknown.{did_you_mean(str(layout), LAYOUTS)}")
     if dtype is not None:
         model = copy.deepcopy(model).to(dtype)
     pinned = None if device is None else torch.device(device)
     if pinned is not None:
         model = model.to(pinned)
     model.eval().requires_grad_(False)
-    frozen = Frozen(model, pinned=pinned, dtype=dtype)
+    ordered = None if layout is None else LAYOUTS[layout]
+    if ordered is not None:
+        model = model.to(memory_format=ordered)  # type: ignore[call-overload]
+    frozen = Frozen(model, pinned=pinned, dtype=dtype, layout=ordered, compile=compile)
     if classes is not None:
         if len(set(classes)) != len(classes):
             raise TapError(f"A class is named twice in {list(classes)}.")
@@ -360,6 +416,16 @@ def teachers_in(holder: Any, _depth: int = 3) -> Iterator[Frozen]:
             yield from teachers_in(value, _depth - 1)
 
 
-def _moved(value: Any, device: torch.device | None, dtype: torch.dtype | None = None) -> Any:
-    """Return a nest of tensors on a device, its floating-point ones in a type."""
-    return map_tensors(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None), value)
+def _moved(
+    value: Any,
+    device: torch.device | None,
+    dtype: torch.dtype | None = None,
+    layout: torch.memory_format | None = None,
+) -> Any:
+    """Return a nest of tensors on a device, its floating-point ones in a type, its images in a layout."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        memory_format = torch.preserve_format if layout is None else layout_of(tensor, layout)
+        return tensor.to(device, dtype if tensor.is_floating_point() else None, memory_format=memory_format)
+
+    return map_tensors(moved, value)

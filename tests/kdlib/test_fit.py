@@ -539,6 +539,30 @@ def test_the_history_has_means_over_rows_also_of_an_uneven_last_batch(parts, tea
     assert [(record["epoch"], record["step"], record["lr"]) for record in history.epochs] == [(0, 4, 0.0), (1, 8, 0.0)]
 
 
+def test_the_history_has_the_share_of_the_steps_time_that_went_in_waiting_for_data(parts, monkeypatch):
+    now = 0.0
+
+    def took(seconds):
+        nonlocal now
+        now += seconds
+
+    class Slow(kdlib.TensorPart):
+        def __getitem__(self, key):
+            took(0.5)
+            return super().__getitem__(key)
+
+    def computes(student, teacher, batch):
+        took(10.0)
+        return student["logits"].square().mean()
+
+    monkeypatch.setattr(kdlib.training.time, "perf_counter", lambda: now)
+    slow = Slow(parts.train.x[:20], parts.train.labels[:20])
+    distiller = kdlib.Distiller(built(), point=computes)
+    history = fit(distiller, slow, valid=slow, epochs=2, batch=10, select="last")
+    assert [record["waiting"] for record in history.epochs] == [10 / 30, 10 / 30]  # 20 items, and 2 steps
+    assert [record["seconds"] for record in history.epochs] == [60, 60]  # the validation is none of the steps
+
+
 def test_callbacks_get_steps_epochs_and_one_end_in_order(parts):
     events = []
     distiller = alone(built())

@@ -73,7 +73,7 @@ def test_the_bar_shows_terms_and_takes_no_random_number(capsys):
     with progress_bar(3, "student") as show:
         for step in range(1, 4):
             show(event("step", step, record={"lr": 1e-3}))
-        show(event("epoch", record={"epoch": 0}))
+        show(event("epoch", record={"epoch": 0, "waiting": 0.25}))
         show(event("end"))
     assert torch.equal(torch.get_rng_state(), before)
     capsys.readouterr()
@@ -91,7 +91,9 @@ def test_a_training_leaves_one_line_with_its_title(monkeypatch, terminal):
     net = kdlib.Tapped(torch.nn.Linear(4, 2), logits="")
     history = kdlib.fit(kdlib.Distiller(net, hard=kdlib.HardLabels()), data, epochs=3, batch=10, progress="mine [x]")
     text = seen.file.getvalue()
-    line = rf"mine \[x\]: 3 epochs, 6 steps, \d+\.\d s, hard {history.epochs[-1]['hard']:.4g} in the last\n"
+    last = history.epochs[-1]
+    line = rf"mine \[x\]: 3 epochs, 6 steps, \d+\.\d s, hard {last['hard']:.4g} in the last, "
+    line += rf"{100 * last['waiting']:.0f} % of it waiting for data\n"
     assert re.search(line, text)
     if not terminal:
         assert re.fullmatch(line, text)

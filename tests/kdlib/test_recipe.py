@@ -158,6 +158,17 @@ def test_cross_fitted_teachers_are_trained_here_and_for_a_student(tmp_path):
     assert "cross_fit" in refused(alone, ["teacher.cross_fit=3"])
 
 
+def test_how_a_teacher_runs_while_it_labels_is_resolved_and_wants_a_student():
+    how = {"precision": "bf16", "layout": "channels_last", "compile": True}
+    base = changed(DIGITS, teacher__inference=how)
+    assert main(base).inference.model_dump() == read(read(base).dump()).systems["main"].inference.model_dump() == how
+    assert main(DIGITS).inference.model_dump() == {"precision": None, "layout": None, "compile": False}
+    assert "fp64" in refused(base, ["teacher.inference.precision=fp64"])
+    assert "precision" in refused(base, ["teacher.inference.precison=bf16"])
+    alone = {key: DIGITS[key] for key in ("data", "train", "teacher")}
+    assert refused(alone, ["teacher.inference.compile=true"]).startswith("teacher.inference: ")
+
+
 def test_a_student_of_another_model_cannot_start_from_the_teacher():
     text = refused(DIGITS, ["student.start=teacher"])
     assert text.startswith("student.start: ")

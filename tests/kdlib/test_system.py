@@ -386,6 +386,23 @@ def test_a_student_learns_from_the_teacher(base):
     assert first["hard"] == pytest.approx(cross_entropy(logits, batch["y"]).item(), rel=1e-5)
 
 
+def test_a_teacher_labels_in_the_precision_that_the_recipe_says(ran):
+    """The student done again by hand, under a teacher in bf16."""
+    system = ran(BASE, teacher={"inference": {"precision": "bf16"}})
+    plain = ran(BASE)
+    assert equal(weights(system, "without"), weights(plain, "without"))
+    recipe, data = read(BASE).systems["main"], digits().train
+    teacher = make_model(recipe.teacher.model, {"classes": 10}, 0, "main", "teacher")
+    teacher.load_state_dict(weights(plain, "without"))
+    student = make_model(recipe.student.model, {"classes": 10}, 0, "main", "student")
+    source = kdlib.SameInput(kdlib.freeze(teacher, dtype=torch.bfloat16))
+    points = {"soft": (0.9, kdlib.SoftLabels(temperature=2.0)), "hard": (0.1, kdlib.HardLabels())}
+    settings = {"epochs": 2, "batch": 50, "threads": 1, "lr": 0.01, "progress": False}
+    kdlib.fit(kdlib.Distiller(student, source, **points), data, **settings)
+    assert equal(weights(system, "with"), student.state_dict())
+    assert not equal(weights(plain, "with"), student.state_dict())
+
+
 def test_cross_fitted_teachers_each_leave_out_what_they_label(ran):
     """Everything done again by hand: three teachers, each on the rows of the other parts, and the student."""
     system = ran(BASE, teacher={"cross_fit": 3})
@@ -539,7 +556,7 @@ def test_the_validation_loss_of_a_student_is_the_total_of_its_points(ran):
         assert epoch["valid_total"] == pytest.approx(0.9 * epoch["valid_soft"] + 0.1 * epoch["valid_hard"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["total", "epoch", "step", "lr", "seconds", "valid_total"])
+@pytest.mark.parametrize("name", ["total", "epoch", "step", "lr", "seconds", "waiting", "valid_total"])
 def test_a_point_with_the_name_of_a_column_does_not_take_its_place(ran, name):
     recipe = {**BASE, "data": VALID, "points": {name: {**POINTS["soft"], "weight": 0.5}, "hard": POINTS["hard"]}}
     try:

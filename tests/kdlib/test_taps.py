@@ -1,6 +1,7 @@
 """Reading tensors off a network, and freezing one into a teacher."""
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
@@ -540,6 +541,102 @@ def test_it_stays_on_its_device_and_brings_the_taps_back(net):
     assert teacher(torch.randn(2, 4))["logits"].device.type == "cpu"
     follower = kdlib.freeze(kdlib.Tapped(nn.Linear(4, 3), logits=""))
     assert follower(torch.randn(2, 4, device="meta"))["logits"].device.type == "meta"
+
+
+class Framed(nn.Module):
+    """Convolution, batch norm and GRU, as frames and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.gru = nn.GRU(4, 5, batch_first=True)
+        self.fc = nn.Linear(5, 3)
+
+    def encode(self, x):
+        return self.norm(self.conv(x)).relu().mean(-1).transpose(1, 2)
+
+    def head(self, frames):
+        steps, _ = self.gru(frames)
+        return {"logits": self.fc(steps[:, -1]), "embedding": steps[:, -1]}
+
+    def forward(self, x):
+        return self.head(self.encode(x))
+
+
+def test_in_a_layout_weights_and_images_are_laid_out_and_taps_stay_the_same():
+    model, seen = Framed().eval(), []
+    x = torch.randn(3, 2, 6, 8)
+    expected = model(x)
+    teacher = kdlib.freeze(model, layout="channels_last")
+    model.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    torch.testing.assert_close(dict(teacher(x)), expected)
+    torch.testing.assert_close(teacher.encode(x), model.encode(x))
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in seen[:2])
+    assert x.is_contiguous()
+    assert torch.equal(kdlib.freeze(model, layout="contiguous")(x)["logits"], model(x)["logits"])
+    assert model.conv.weight.is_contiguous()
+
+
+def test_an_unknown_layout_is_refused_with_the_near_one():
+    with pytest.raises(kdlib.TapError, match=r"'channel_last' is unknown.*channels_last"):
+        kdlib.freeze(Framed(), layout="channel_last")
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compile without a C++ compiler: what is traced runs as it was traced."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch._dynamo.reset()
+
+
+def test_compiled_it_gives_all_taps_of_each_batch(compiled):
+    model = Framed()
+    tapped = kdlib.Tapped(model, logits="fc", maps="norm", frames="gru[0]")
+    plain, fast = kdlib.freeze(tapped), kdlib.freeze(tapped, compile=True)
+    for rows in (3, 3, 5, 1):
+        x = torch.randn(rows, 2, 6, 8)
+        found, expected = fast(x), plain(x)
+        assert list(found) == list(expected)
+        assert not any(tap.requires_grad for tap in found.values())
+        torch.testing.assert_close(dict(found), dict(expected))
+
+
+def test_compiled_it_has_frames_and_head_a_dtype_a_layout_and_the_order_of_classes(compiled):
+    model, x = Framed(), torch.randn(3, 2, 6, 8)
+    settings = {"dtype": torch.bfloat16, "layout": "channels_last", "classes": ["a", "b", "c"]}
+    plain, fast = (kdlib.freeze(model, **settings, compile=compile).aligned(["c", "a", "b"]) for compile in (0, 1))
+    for teacher in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        torch.testing.assert_close(dict(teacher(x)), dict(plain(x)), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(dict(teacher.head(teacher.encode(x))), dict(plain(x)), rtol=0.02, atol=0.02)
+        assert teacher(x)["logits"].dtype == torch.float32
+    assert {key for key, value in fast.made_of().items() if value != plain.made_of()[key]} == {"compiled"}
+
+
+def test_compiled_it_says_what_is_wrong_with_a_tap_and_obeys_eval_mode(compiled, net):
+    fast = kdlib.freeze(kdlib.Tapped(net, logits=""), compile=True)
+    x, before = torch.randn(5, 4), state(net)
+    expected = fast(x)["logits"]
+    net.train()
+    assert torch.equal(fast(x)["logits"], expected)
+    assert equal(state(net), before)
+    unused = Model(lambda self, x: self.first(x))
+    with pytest.raises(kdlib.TapError, match="'second' was not called"):
+        kdlib.freeze(kdlib.Tapped(unused, logits="", embedding="second"), compile=True)(x)
+
+
+def test_a_teacher_that_cannot_be_compiled_says_so_and_what_to_do(monkeypatch):
+    def broken(*_):
+        raise OSError("no compiler in this room")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    try:
+        with pytest.raises(kdlib.TapError, match=r"Framed cannot be compiled here: .*no compiler in this room"):
+            kdlib.freeze(Framed(), compile=True)(torch.randn(3, 2, 6, 8))
+    finally:
+        torch._dynamo.reset()
 
 
 def test_freezing_twice_and_a_doubled_class_are_refused(net):
