@@ -1019,7 +1019,7 @@ def test_json_that_is_deep_is_refused(written, depth):
 )
 @pytest.mark.parametrize("place", ["data", "teacher__model", "points__soft", "source"])
 def test_a_kind_is_a_registered_name_and_never_a_path_of_code(kind, place):
-    with pytest.raises(kdlib.PluginError, match="No .* named"):
+    with pytest.raises(kdlib.PluginError, match=r"No .* named"):
         read(changed(DIGITS, **{f"{place}__kind": kind}))
 
 
