@@ -157,9 +157,7 @@ class Trained:
         warm: steps that are not timed.
     """
 
-    def __init__(
-        self, loop: Loop, teacher: object, student: nn.Module, batches: Any, warm: int = WARM
-    ) -> None:
+    def __init__(self, loop: Loop, teacher: object, student: nn.Module, batches: Any, warm: int = WARM) -> None:
         self.loop = loop
         self.teacher = teacher
         self.student = student
