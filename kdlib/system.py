@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,11 +29,12 @@ from kdlib.building import (
     named,
 )
 from kdlib.cache import fit_features
+from kdlib.checkpoint import unsaved
 from kdlib.data import CLEAN, Loader
 from kdlib.distiller import Distiller
 from kdlib.errors import RecipeError
 from kdlib.featured import Featured
-from kdlib.files import make_folder, write_arrays, write_atomically, write_tensors
+from kdlib.files import make_folder, require_room, write_arrays, write_atomically, write_tensors
 from kdlib.fit import OPTIMIZERS, fit
 from kdlib.fusion import Scores, log_softmax
 from kdlib.interfaces import DataPart, DataParts, Scorer
@@ -39,6 +42,7 @@ from kdlib.metrics import confusion_matrix, most_confused
 from kdlib.points import HardLabels
 from kdlib.recipe import Network, Part, Recipe, System
 from kdlib.registry import build
+from kdlib.resuming import Keeping
 from kdlib.sources import CrossFit, fold_of_groups
 from kdlib.sources.parts import Rows
 
@@ -55,6 +59,7 @@ class Job:
     folder: Path
     title: str
     progress: bool
+    keeping: Keeping
     cache: CacheBlock | None = None
 
     @property
@@ -69,7 +74,7 @@ def stem(role: str) -> str:
 
 
 def train_system(
-    name: str, recipe: Recipe, parts: DataParts, folder: Path, title: str, progress: bool
+    name: str, recipe: Recipe, parts: DataParts, folder: Path, title: str, progress: bool, keeping: Keeping
 ) -> dict[str, Scores]:
     """Train what a system asks for, save it, and return the test scores by role.
 
@@ -77,8 +82,8 @@ def train_system(
     the student but on hard labels: ``continued`` where both start from the teacher, else ``alone``.
     """
     _refuse_missing(recipe.systems[name])
-    job = Job(name, recipe.systems[name], recipe.data, recipe.scorer, parts, folder, title, progress, recipe.cache)
-    system = job.system
+    system = recipe.systems[name]
+    job = Job(name, system, recipe.data, recipe.scorer, parts, folder, title, progress, keeping, recipe.cache)
     train, valid, test, features = _featured(job)
     ranks.once(make_folder, folder)
     if features is not None:
@@ -115,7 +120,7 @@ def _draw(job: Job, source: Any, test: DataPart, scores: Scores) -> None:
 def _refuse_missing(system: System) -> None:
     """Refuse a file of weights that is not there before anything is trained."""
     for key, path in (("teacher.weights", system.weights), ("student.start", system.start)):
-        if isinstance(path, Path) and not path.is_file():
+        if isinstance(path, Path) and not os.path.isfile(path):
             raise RecipeError(f"{key}: {path}: there is no such file.")
 
 
@@ -147,7 +152,10 @@ def _featured(job: Job) -> tuple[DataPart, DataPart | None, DataPart, Any]:
         )
 
     with named(job.data, block):
-        if hasattr(features, "fit"):
+        known = job.keeping.found(job.folder / "features.safetensors")
+        if known is not None:
+            features.load_state_dict(known[0])
+        elif hasattr(features, "fit"):
             fit_features(features, parts.train, cache, about("training"))
         valid = None if parts.valid is None else through(parts.valid, "validation")
         return through(parts.train, "training", augment=True), valid, through(parts.test, "test"), features
@@ -237,9 +245,16 @@ def _fit(job: Job, role: str, distiller: Distiller, train: Train, data: DataPart
     maker = partial(OPTIMIZERS[train.optimizer.kind], **train.optimizer.keywords())
     title = f"{job.title} {role}"
     system = job.system
+    require_room(job.folder, sum(value.nbytes for value in distiller.student.state_dict().values()))
     involved = [job.data, system.features, system.teacher.model, system.student.model, system.source]
+    keeping, lost = job.keeping, unsaved(distiller)
+    if lost and ranks.rank() == 0:
+        warnings.warn(f"{title}: has no checkpoints: {'; '.join(lost)}. It begins anew if resumed.", stacklevel=2)
+    elif not lost:
+        keywords |= {"checkpoint": keeping.folder / f"{role}.safetensors", "every": keeping.every}
+        keywords |= {"resume": keeping.resumed, "force": keeping.force}
     with named(*involved, *(point.part for point in system.points.values())):
-        fit(
+        history = fit(
             distiller,
             data,
             valid=valid,
@@ -249,12 +264,31 @@ def _fit(job: Job, role: str, distiller: Distiller, train: Train, data: DataPart
             progress=title if job.progress else False,
             **keywords,
         )
+    keeping.note(history.forced)
 
 
 def _scored(job: Job, role: str, network: nn.Module, train: DataPart, test: DataPart) -> Scores:
     """Return the test scores of a network: of the scorer trained on its embeddings, or its log-softmax."""
     settings = job.system.teacher.train if role == "without" else job.system.student.train
     ids, classes = tuple(test.ids), tuple(job.parts.classes)
+    kept = job.keeping.kept_scores(role, ids)
+    lacking = any(ranks.gathered([kept is None]))
+    if kept is None or lacking:
+        kept = _scored_anew(job, role, network, train, test, settings, ids, classes)
+        ranks.once(job.keeping.keep_scores, role, kept)
+    return kept
+
+
+def _scored_anew(
+    job: Job,
+    role: str,
+    network: nn.Module,
+    train: DataPart,
+    test: DataPart,
+    settings: Train,
+    ids: tuple[str, ...],
+    classes: tuple[str, ...],
+) -> Scores:
     seen, unseen = outputs(network, train, settings), outputs(network, test, settings)
     if job.scorer is None:
         own, values = (log_softmax(taps["logits"]) for taps in (seen, unseen))
