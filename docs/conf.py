@@ -69,6 +69,7 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "write_computation_times": False,
     "min_reported_time": 1,
+    "parallel": 2,
 }
 
 

@@ -42,7 +42,7 @@ def reliability(certainty, right):
 # %%
 # Five seeds and four students
 # ----------------------------
-# Each student is trained for 150 epochs. Temperatures are common values, not chosen by these figures.
+# Each student is trained for 100 epochs. Temperatures are common values, not chosen by these figures.
 
 points = {
     "hard labels": {"hard": kdlib.HardLabels()},
@@ -54,7 +54,7 @@ found = {name: [] for name in ["teacher", *points]}
 for seed in range(5):
     data = digits(train=100, seed=seed)
     big = network(256, seed)
-    settings = {"epochs": 150, "batch": 25, "lr": 2e-3, "seed": seed, "progress": False}
+    settings = {"epochs": 100, "batch": 25, "lr": 2e-3, "seed": seed, "progress": False}
     kdlib.fit(kdlib.Distiller(kdlib.Tapped(big, logits=""), hard=kdlib.HardLabels()), data.train, **settings)
     found["teacher"].append(answers(big, data.test))
     source = kdlib.SameInput(kdlib.freeze(kdlib.Tapped(big, logits="")))
@@ -95,9 +95,11 @@ plt.show()
 # %%
 # What came out
 # -------------
-# Hard labels, soft labels at T = 1 and Hinton's form differ in ECE by less than the spread over seeds. The first two make
-# the student a little less certain than it is right, Hinton's form hands it the teacher's excess of certainty. The paper's form at T = 5 stands apart. There the student, at its
-# own temperature of 1, is taught the softened distribution itself, and so it is far less certain than it is right,
-# although it is right at least as often as the others. It is as it should be, and no fault of the student: what is
-# classified by the largest score, or by an SVM on the embedding as in the paper, does not see the scale. Who needs the
-# probabilities takes Hinton's form, or fits a temperature on a validation part afterwards.
+# Hard labels, soft labels at T = 1 and Hinton's form differ in ECE by less than the spread over seeds. The first two
+# leave the student a little less certain than it is right; Hinton's form hands it the teacher's excess of certainty.
+#
+# The paper's form at T = 5 stands apart. There the student, at its own temperature of 1, is taught the softened
+# distribution itself, and so it is far less certain than it is right, although it is right no less often than the
+# others. That is no fault of the student: what is classified by the largest score, or by an SVM on the embedding as in
+# the paper, does not see the scale. Who needs the probabilities takes Hinton's form, or fits a temperature on a
+# validation part afterwards.
