@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 TESTED_ELSEWHERE = {"README.md"}
 """Pages whose blocks of Python have a test of their own."""
-PROGRAMS = {".", "bash", "cd", "pip", "pre-commit", "pytest", "python", "python3.11", "sphinx-build"}
+PROGRAMS = {".", "bash", "cd", "pip", "pre-commit", "pytest", "python", "python3.11", "sphinx-build", "twine"}
 """What a block of commands may call beside kdlib and torchrun."""
 
 
