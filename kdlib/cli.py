@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kdlib import ranks
+from kdlib import ranks, signals
 from kdlib.errors import DataError, KdlibError, PluginError, RankError, did_you_mean, printable
 from kdlib.registry import register, registry
 
@@ -43,7 +44,8 @@ app.add_typer(store_app, name="store")
 console = Console()
 errors = Console(stderr=True)
 
-RecipeName = Annotated[str, typer.Argument(help="A recipe that comes with kdlib, or the path of a TOML or JSON file.")]
+RECIPE_HELP = "A recipe that comes with kdlib, or the path of a TOML or JSON file."
+RecipeName = Annotated[str, typer.Argument(help=RECIPE_HELP)]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. train.epochs=5.")
 ]
@@ -57,10 +59,17 @@ Modules = Annotated[
 
 @app.command("run")
 def run_command(
-    recipe: RecipeName,
+    recipe: Annotated[str | None, typer.Argument(help=f"{RECIPE_HELP} Not needed with --resume.")] = None,
     changes: Changes = None,
     plugins: Modules = None,
     out: Annotated[Path | None, typer.Option(help="The folder to make. Default: runs/NAME/TIME-DIGEST.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Go on with a run that was interrupted.")
+    ] = None,
+    every: Annotated[
+        int | None, typer.Option("--save-every", metavar="STEPS", min=1, help="Default: save after each epoch.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Go on though recipe, data or versions differ.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     dry: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost on this machine.")] = False,
 ) -> None:
@@ -69,16 +78,21 @@ def run_command(
     from kdlib.run import run
 
     _register(plugins)
+    if recipe is None and resume is None:
+        raise KdlibError("Name a recipe, or a run to go on with: --resume FOLDER.")
+    if force and resume is None:
+        raise KdlibError("--force is for --resume FOLDER.")
+    named = recipe if recipe is not None else f"{resume}/recipe.json"
     if dry:
         if ranks.launched()[0] == 0:
-            _show_cost_of(read(recipe, changes))
+            _show_cost_of(read(named, changes))
         return
-    with ranks.group(), _one_speaker():
+    with _exit_by_signal(), ranks.group(), _one_speaker():
         with ranks.together():
-            wanted = read(recipe, changes)
+            wanted = read(named, changes)
         ranks.once(_refuse_wrong, wanted)
         say = (lambda _: None) if quiet else _print
-        folder = run(wanted, out, progress=not quiet, say=say)
+        folder = run(wanted, out, progress=not quiet, say=say, every=every, resume=resume, force=force)
         if ranks.rank() == 0:
             _show_result(folder)
 
@@ -394,6 +408,19 @@ def _show_result(folder: Path) -> None:
     _list_pictures(folder)
     seconds = result["seconds"]
     _print(f"{seconds['wall']:.0f} s, {seconds['cpu'] / 60:.1f} CPU minutes. Everything is in {folder}")
+
+
+@contextmanager
+def _exit_by_signal() -> Iterator[None]:
+    """Leave with 130 after Ctrl-C and with 143 after SIGTERM, as shells have it, and say how to go on."""
+    try:
+        with signals.raised():
+            yield
+    except KeyboardInterrupt as stop:
+        if ranks.launched()[0] == 0:
+            for line in (str(stop) or "Stopped by SIGINT.", *getattr(stop, "__notes__", ())):
+                _print(line, errors)
+        raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
 
 
 @contextmanager

@@ -181,13 +181,12 @@ def fit(
             first = _prepare(distiller, parts["training"], batch, place, seed)
             for name, part in parts.items():
                 _try_last_batch(distiller, kept, part, batch, place, seed, name)
-        wrapped = stack.enter_context(_wrapped(distiller, first, place))
         maker = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
         stepper = maker([parameter for parameter in distiller.parameters() if parameter.requires_grad], lr=lr)
         steps = epochs * -(-len(loader) // accumulate)
         training = Training(
             distiller,
-            wrapped,
+            _wrapped(distiller, first, place),
             stepper,
             _scheduler(stepper, schedule, lr, steps),
             loader,
@@ -230,7 +229,11 @@ def fit(
         home.module(distiller)
         assert training.last is not None  # there was an epoch
         tell(Event("end", training.step, training.epoch - 1, training.last[0], distiller, {}))
-    return training.history
+    history = training.history
+    if ranks.world() > 1:
+        del training  # DDP's wrapper, in a reference cycle, has room for all gradients
+        gc.collect()
+    return history
 
 
 def _parts(source: Any, parts: dict[str, Any]) -> dict[str, Any]:
@@ -253,23 +256,17 @@ def _prepare(distiller: Distiller, part: Any, batch: int, place: Place, seed: in
     return tried
 
 
-@contextmanager
-def _wrapped(distiller: Distiller, batch: Batch, place: Place) -> Iterator[nn.Module]:
-    """Give the distiller, or of several ranks DDP around it, which shall not hear of later trainings of its parameters.
+def _wrapped(distiller: Distiller, batch: Batch, place: Place) -> nn.Module:
+    """Return the distiller, or of several ranks DDP around it.
 
     Buffers are not DDP's business: they are brought level after each step, the banks of points by ``advance``.
     """
     if ranks.world() == 1:
-        yield distiller
-        return
+        return distiller
     with place.autocast():
         wrapped = ddp(distiller, batch)
     wrapped.broadcast_buffers = False  # the argument of this name is deprecated, and its heir is new
-    try:
-        yield wrapped
-    finally:
-        del wrapped
-        gc.collect()
+    return wrapped
 
 
 def _try_last_batch(

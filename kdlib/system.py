@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from kdlib.building import (
     named,
 )
 from kdlib.cache import fit_features
+from kdlib.checkpoint import unsaved
 from kdlib.data import CLEAN, Loader
 from kdlib.distiller import Distiller
 from kdlib.errors import RecipeError
@@ -39,6 +41,7 @@ from kdlib.metrics import confusion_matrix, most_confused
 from kdlib.points import HardLabels
 from kdlib.recipe import Network, Part, Recipe, System
 from kdlib.registry import build
+from kdlib.resuming import Keeping
 from kdlib.sources import CrossFit, fold_of_groups
 from kdlib.sources.parts import Rows
 
@@ -55,6 +58,7 @@ class Job:
     folder: Path
     title: str
     progress: bool
+    keeping: Keeping
     cache: CacheBlock | None = None
 
     @property
@@ -69,7 +73,7 @@ def stem(role: str) -> str:
 
 
 def train_system(
-    name: str, recipe: Recipe, parts: DataParts, folder: Path, title: str, progress: bool
+    name: str, recipe: Recipe, parts: DataParts, folder: Path, title: str, progress: bool, keeping: Keeping
 ) -> dict[str, Scores]:
     """Train what a system asks for, save it, and return the test scores by role.
 
@@ -77,8 +81,8 @@ def train_system(
     the student but on hard labels: ``continued`` where both start from the teacher, else ``alone``.
     """
     _refuse_missing(recipe.systems[name])
-    job = Job(name, recipe.systems[name], recipe.data, recipe.scorer, parts, folder, title, progress, recipe.cache)
-    system = job.system
+    system = recipe.systems[name]
+    job = Job(name, system, recipe.data, recipe.scorer, parts, folder, title, progress, keeping, recipe.cache)
     train, valid, test, features = _featured(job)
     ranks.once(make_folder, folder)
     if features is not None:
@@ -147,7 +151,10 @@ def _featured(job: Job) -> tuple[DataPart, DataPart | None, DataPart, Any]:
         )
 
     with named(job.data, block):
-        if hasattr(features, "fit"):
+        known = job.keeping.found(job.folder / "features.safetensors")
+        if known is not None:
+            features.load_state_dict(known[0])
+        elif hasattr(features, "fit"):
             fit_features(features, parts.train, cache, about("training"))
         valid = None if parts.valid is None else through(parts.valid, "validation")
         return through(parts.train, "training", augment=True), valid, through(parts.test, "test"), features
@@ -238,8 +245,14 @@ def _fit(job: Job, role: str, distiller: Distiller, train: Train, data: DataPart
     title = f"{job.title} {role}"
     system = job.system
     involved = [job.data, system.features, system.teacher.model, system.student.model, system.source]
+    keeping, lost = job.keeping, unsaved(distiller)
+    if lost and ranks.rank() == 0:
+        warnings.warn(f"{title}: has no checkpoints: {'; '.join(lost)}. It begins anew if resumed.", stacklevel=2)
+    elif not lost:
+        keywords |= {"checkpoint": keeping.folder / f"{role}.safetensors", "every": keeping.every}
+        keywords |= {"resume": keeping.resumed, "force": keeping.force}
     with named(*involved, *(point.part for point in system.points.values())):
-        fit(
+        history = fit(
             distiller,
             data,
             valid=valid,
@@ -249,12 +262,31 @@ def _fit(job: Job, role: str, distiller: Distiller, train: Train, data: DataPart
             progress=title if job.progress else False,
             **keywords,
         )
+    keeping.note(history.forced)
 
 
 def _scored(job: Job, role: str, network: nn.Module, train: DataPart, test: DataPart) -> Scores:
     """Return the test scores of a network: of the scorer trained on its embeddings, or its log-softmax."""
     settings = job.system.teacher.train if role == "without" else job.system.student.train
     ids, classes = tuple(test.ids), tuple(job.parts.classes)
+    kept = job.keeping.kept_scores(role, ids)
+    lacking = any(ranks.gathered([kept is None]))
+    if kept is None or lacking:
+        kept = _scored_anew(job, role, network, train, test, settings, ids, classes)
+        ranks.once(job.keeping.keep_scores, role, kept)
+    return kept
+
+
+def _scored_anew(
+    job: Job,
+    role: str,
+    network: nn.Module,
+    train: DataPart,
+    test: DataPart,
+    settings: Train,
+    ids: tuple[str, ...],
+    classes: tuple[str, ...],
+) -> Scores:
     seen, unseen = outputs(network, train, settings), outputs(network, test, settings)
     if job.scorer is None:
         own, values = (log_softmax(taps["logits"]) for taps in (seen, unseen))

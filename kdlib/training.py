@@ -248,13 +248,17 @@ class Training:
         self.distiller.eval()
         means = Means()
         clock = (int(self.distiller.step), self.epoch)
-        with self._keyed("validate"), ranks.together():
-            for batch in loader.epoch(CLEAN):
-                if ranks.world() == 1:  # ranks have different numbers of batches here
-                    self.between()
-                losses = self.place.forward(self.distiller, {**self.place.batch(batch), "clock": lambda: clock})
-                _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {self.epoch}")
-                means.add(losses, len(batch["index"]))
+        with self._keyed("validate"):
+            batches = loader.epoch(CLEAN)
+            for _ in range(ranks.highest(len(loader))):  # a rank may have one batch less than the others
+                self.between()
+                with ranks.together():
+                    batch = next(batches, None)
+                    if batch is None:
+                        continue
+                    losses = self.place.forward(self.distiller, {**self.place.batch(batch), "clock": lambda: clock})
+                    _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {self.epoch}")
+                    means.add(losses, len(batch["index"]))
         return {f"valid_{name}": value for name, value in means.of_all_ranks().result().items()}
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import pickle
+import signal
 import warnings
 from functools import partial
 from pathlib import Path
@@ -156,6 +157,31 @@ def again():
     return plain(distiller)
 
 
+class Interrupting:
+    """A callback that sends this process a SIGTERM after a step, on one rank."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __call__(self, event):
+        if event.kind == "step" and event.step == 7 and ranks.rank() == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def resumed(folder):
+    """Return a training that is stopped by a signal that the last rank alone gets, and goes on; and what stopped it."""
+    states, stops = [], []
+    last = ranks.world() - 1
+    for settings in ({"callbacks": [Interrupting(last)]}, {"resume": True}):
+        distiller = kdlib.Distiller(network(0), teacher(), **POINTS["both"]())
+        try:
+            fitted(distiller, part(), valid=part(11, seed=4), checkpoint=folder / "checkpoint.safetensors", **settings)
+        except kdlib.Stopped as stop:
+            stops.append((stop.signal, str(stop)))
+        states.append(plain(distiller))
+    return states[-1], stops
+
+
 class Squares(nn.Module):
     """Features with a statistic."""
 
@@ -223,12 +249,13 @@ def all_of_it(folder):
     found = {name: trained(points) for name, points in POINTS.items()}
     found["accumulated and clipped"] = trained(POINTS["both"], accumulate=2, clip=0.05)
     found["the best of few"] = trained(lambda: {"hard": kdlib.HardLabels()}, lr=1.0, patience=1)
-    found["written"] = trained(POINTS["both"], folder=folder)
+    found["written"] = trained(POINTS["both"], folder=folder / "logs")
     found["by hand"] = {name: by_hand(points) for name, points in POINTS.items()}
     found["again"] = again()
+    found["resumed"] = resumed(folder / "checkpoints")
     found["own loop"] = own_loop() if ranks.world() > 1 else []
     found |= {kind: with_state(kind) for kind in ("class means", "crd", "ema")}
-    found["made"] = made(folder)
+    found["made"] = made(folder / "made")
     found["errors"] = {how: spoilt(how) for how in ("unreadable", "nan")}
     found["batch norm"] = normed()
     return found
@@ -330,14 +357,24 @@ def test_what_remembers_the_student_is_the_same_on_all_ranks(found, world, kind)
         near(state, together(found, 1, kind))
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_they_go_on_to_the_same_bits(found, world):
+    assert {str(one["resumed"][1]) for one in found[world]} == {str(found[world][0]["resumed"][1])}
+    ((number, text),) = found[world][0]["resumed"][1]
+    assert number == signal.SIGTERM
+    assert "after step 7, epoch 1" in text
+    near(together(found, world, "resumed", 0), together(found, world, "both", 0), bound=0)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_features_outputs_stores_and_caches_have_the_same_bits(found, folders, world):
     state, rows, taps = found[1][0]["made"]
-    files = sorted(path.relative_to(folders[1]) for path in folders[1].rglob("*.safetensors*"))
+    one, several = (folders[ranks] / "made" for ranks in (1, world))
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors*"))
     assert len(files) >= 2 * (5 + 4)
-    assert files == sorted(path.relative_to(folders[world]) for path in folders[world].rglob("*.safetensors*"))
+    assert files == sorted(path.relative_to(several) for path in several.rglob("*.safetensors*"))
     for file in files:
-        assert (folders[1] / file).read_bytes() == (folders[world] / file).read_bytes(), file
+        assert (one / file).read_bytes() == (several / file).read_bytes(), file
     for one in found[world]:
         assert torch.equal(one["made"][0]["mean"], state["mean"])
         assert all(map(torch.equal, one["made"][1], rows))
@@ -347,9 +384,10 @@ def test_features_outputs_stores_and_caches_have_the_same_bits(found, folders, w
 @pytest.mark.parametrize("world", [2, 4])
 def test_logs_are_written_once(found, folders, world):
     names = ["metrics.csv", "metrics.jsonl", "teacher.json"]
-    assert [path.name for path in sorted(folders[world].iterdir()) if path.is_file()] == names
-    assert len((folders[world] / "metrics.jsonl").read_text().splitlines()) == 20
-    assert (folders[world] / "teacher.json").read_bytes() == (folders[1] / "teacher.json").read_bytes()
+    one, several = (folders[ranks] / "logs" for ranks in (1, world))
+    assert [path.name for path in sorted(several.iterdir())] == names
+    assert len((several / "metrics.jsonl").read_text().splitlines()) == 20
+    assert (several / "teacher.json").read_bytes() == (one / "teacher.json").read_bytes()
 
 
 @pytest.mark.parametrize(("how", "said"), [("unreadable", "clip 13 is bad"), ("nan", "not finite: 13.")])
