@@ -102,7 +102,7 @@ def test_commands_of_a_page_exist_with_their_options_and_recipes(page, text):
 
 
 def test_a_command_option_or_argument_that_is_not_there_is_noticed():
-    for words in (["walk", "digits"], ["run", "digits", "--fast"], ["run"], ["store", "verify"]):
+    for words in (["walk", "digits"], ["run", "digits", "--fast"], ["check"], ["store", "verify"]):
         with pytest.raises(Exception, match=r"no command|No such option|Missing parameter"):
             parse(words)
 
