@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdlib.errors import KdlibError, RecipeError
-from kdlib.files import read_tensors, remove_left_over, write_json, write_tensors
+from kdlib.files import make_folder, read_tensors, remove_left_over, write_json, write_tensors
 from kdlib.fusion import Scores
 from kdlib.interfaces import DataParts
 from kdlib.made_of import data_made_of, plain, refusal, surroundings
@@ -60,6 +60,7 @@ class Keeping:
 
     def keep_scores(self, role: str, scores: Scores) -> None:
         """Write the scores of a network, so that a scorer is not trained again."""
+        make_folder(self.folder)
         notes = {"ids": scores.ids, "classes": scores.classes, "spread": scores.spread}
         write_tensors(self.folder / f"{role}-scores.safetensors", {"values": torch.from_numpy(scores.values)}, notes)
 

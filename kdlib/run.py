@@ -21,19 +21,19 @@ import torch
 from kdlib import figures, ranks
 from kdlib.building import facts_of
 from kdlib.errors import KdlibError, RecipeError
-from kdlib.files import parse_json, read_checked, write_atomically, write_json, write_sums
+from kdlib.files import parse_json, read_checked, reason, write_atomically, write_json, write_sums
 from kdlib.fusion import Scores, fuse
 from kdlib.interfaces import DataPart, DataParts
 from kdlib.metrics import confusion_matrix, macro_accuracy, wilson_interval
 from kdlib.recipe import FUSED, Part, Recipe
-from kdlib.recipe import LARGEST as RECIPE
+from kdlib.recipe import LARGEST as LARGEST_RECIPE
 from kdlib.registry import build
 from kdlib.resuming import UNFINISHED, Keeping, begin, end, finished, refuse_other, take_up, times_resumed
 from kdlib.system import train_system
 from kdlib.versions import versions
 
-RESULT = 1 << 26
-"""Bytes of a ``result.json`` that is read."""
+LARGEST = {"recipe.json": LARGEST_RECIPE, "result.json": 1 << 26}
+"""Bytes of the files of a run that are read again, but for the networks."""
 ROLES = ("without", "continued", "alone", "with")
 
 
@@ -148,8 +148,8 @@ def _made_folder(recipe: Recipe, folds: Mapping[str, DataParts], out: Path | Non
         folder.mkdir(parents=True)
     except FileExistsError:
         raise RecipeError(f"{folder}: is there already; a run never writes into another. Name a new --out.") from None
-    except OSError as error:
-        raise KdlibError(f"{folder}: cannot be made: {error.strerror}.") from None
+    except (OSError, ValueError) as error:
+        raise KdlibError(f"{folder}: cannot be made: {reason(error)}.") from None
     begin(folder, recipe, folds)
     return folder
 
@@ -159,7 +159,7 @@ def _write_results(folder: Path, result: dict[str, Any], pooled: Mapping[tuple[s
     if figures.missing() is None:
         figures.draw(folder, result)
     write_json(folder / "result.json", result)
-    write_sums(folder, ("recipe.json", "predictions.csv", "result.json"))
+    write_sums(folder, LARGEST)
     end(folder)
 
 
@@ -169,11 +169,10 @@ def read_result(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
     Raises:
         KdlibError: there is none, one of the two is damaged, or it is not that of a run, for it lacks a wanted key.
     """
-    if not (folder / "result.json").exists():
+    if not os.path.exists(folder / "result.json"):
         raise KdlibError(f"{folder}: no finished run; it has no result.json.")
-    read_checked(folder, "recipe.json", RECIPE)
     try:
-        result = parse_json(read_checked(folder, "result.json", RESULT))
+        result = parse_json(read_checked(folder, LARGEST)["result.json"])
     except ValueError as error:
         raise KdlibError(f"{folder}: result.json cannot be read: {error}.") from None
     lacking = set(wanted) - set(result if isinstance(result, dict) else ())

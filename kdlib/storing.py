@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -112,7 +113,7 @@ def build_store(
         teacher = _Labels(source, wrapped, drawn, dtype, place, seed, title)
         row: dict[str, np.ndarray] = {}
         shard_rows = None
-        if not (folder / MANIFEST).exists():
+        if not os.path.exists(folder / MANIFEST):
             row = {name: array[0] for name, array in teacher.of([range(min(batch, len(part)))]).items()}
             block = batch * (1 + drawn)
             size = block * max(1, sum(array.nbytes for array in row.values()))

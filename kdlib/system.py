@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ from kdlib.data import CLEAN, Loader
 from kdlib.distiller import Distiller
 from kdlib.errors import RecipeError
 from kdlib.featured import Featured
-from kdlib.files import make_folder, write_arrays, write_atomically, write_tensors
+from kdlib.files import make_folder, require_room, write_arrays, write_atomically, write_tensors
 from kdlib.fit import OPTIMIZERS, fit
 from kdlib.fusion import Scores, log_softmax
 from kdlib.interfaces import DataPart, DataParts, Scorer
@@ -119,7 +120,7 @@ def _draw(job: Job, source: Any, test: DataPart, scores: Scores) -> None:
 def _refuse_missing(system: System) -> None:
     """Refuse a file of weights that is not there before anything is trained."""
     for key, path in (("teacher.weights", system.weights), ("student.start", system.start)):
-        if isinstance(path, Path) and not path.is_file():
+        if isinstance(path, Path) and not os.path.isfile(path):
             raise RecipeError(f"{key}: {path}: there is no such file.")
 
 
@@ -244,6 +245,7 @@ def _fit(job: Job, role: str, distiller: Distiller, train: Train, data: DataPart
     maker = partial(OPTIMIZERS[train.optimizer.kind], **train.optimizer.keywords())
     title = f"{job.title} {role}"
     system = job.system
+    require_room(job.folder, sum(value.nbytes for value in distiller.student.state_dict().values()))
     involved = [job.data, system.features, system.teacher.model, system.student.model, system.source]
     keeping, lost = job.keeping, unsaved(distiller)
     if lost and ranks.rank() == 0:
