@@ -71,10 +71,10 @@ def test_toml_blocks_are_parts_of_recipes_or_of_a_pyproject(page, text):
 
 def commands(text):
     """Return the commands of a block as lists of words."""
-    prompts = [line for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
-    if any(line.startswith("$ ") for line in prompts):
-        prompts = [line[2:] for line in prompts if line.startswith("$ ")]  # the others are output
-    for line in prompts:
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+    if any(line.startswith("$ ") for line in lines):
+        lines = [line[2:] for line in lines if line.startswith("$ ")]  # the others are output
+    for line in lines:
         yield from (shlex.split(one.split(" > ")[0]) for one in line.split(" && "))
 
 
@@ -88,7 +88,15 @@ def parse(words):
     return command.make_context(command.name, list(words)).params
 
 
-@pytest.mark.parametrize(("page", "text"), cases("console"))
+PLAIN = [
+    pytest.param(page, "\n".join(lines), id=f"{page.name}:{line}")
+    for page in PAGES
+    for line, text in blocks(page, "text")
+    if (lines := re.findall(r"^(?:kdlib|torchrun) .*", text.replace("\\\n", " "), flags=re.MULTILINE))
+]
+
+
+@pytest.mark.parametrize(("page", "text"), [*cases("console"), *PLAIN])
 def test_commands_of_a_page_exist_with_their_options_and_recipes(page, text):
     known = {*shipped(), *(path.stem for path in DOCS.glob("tutorial/*/src/*/recipes/*.toml"))}
     for words in commands(text):
