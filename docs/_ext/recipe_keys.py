@@ -16,6 +16,7 @@ SECTIONS: list[tuple[type[BaseModel], str, str]] = [
     (blocks.RecipeBlock, "The recipe", "The keys at the top level. With `systems` a system's own keys stand there."),
     (blocks.SystemBlock, "A system", "`[systems.NAME]`, or the top level of a recipe without `systems`."),
     (blocks.TeacherBlock, "The teacher", "`[teacher]`"),
+    (blocks.Inference, "A teacher at work", "`teacher.inference`"),
     (blocks.StudentBlock, "The student", "`[student]`"),
     (blocks.PointKeys, "A point", "`[points.NAME]`, beside `kind` and the settings of the point."),
     (blocks.Train, "Training", "`[train]`, `[teacher.train]`, `[student.train]`"),
