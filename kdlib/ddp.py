@@ -70,17 +70,30 @@ def ddp(distiller: Distiller, batch: Batch, *, static_graph: bool = False, **set
     with ranks.together():
         leaves_out = _leaves_out(distiller.prepare(batch), batch)
     settings.setdefault("find_unused_parameters", any(ranks.gathered([leaves_out])))
-    return DistributedDataParallel(distiller, **settings)
+    wrapped = DistributedDataParallel(distiller, **settings)
+    # After its first backward DDP puts gradients together in another order, in which three or more ranks then add them
+    # up. With a dry one now all steps are alike, the first one of a training that goes on from a checkpoint, too.
+    with _unchanged(distiller):
+        distiller.zero_grad()  # or they would be added to in place
+        wrapped(batch).total.backward()
+    return wrapped
 
 
 def _leaves_out(distiller: Distiller, batch: Batch) -> bool:
     """Return whether some parameters get no gradient, now or, as schedules have it, later."""
     trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
-    with untouched(distiller, *(teacher.model for teacher in teachers_in(distiller.source))):
-        distiller.train()
+    with _unchanged(distiller):
         reached = torch.autograd.grad(distiller(batch).total, trained, allow_unused=True)
     scheduled = any(callable(weight) for weight in distiller.weights.values())
     return scheduled or any(gradient is None for gradient in reached)
+
+
+@contextmanager
+def _unchanged(distiller: Distiller) -> Iterator[None]:
+    """Have a distiller in train mode for a dry step, and as it was afterwards."""
+    with untouched(distiller, *(teacher.model for teacher in teachers_in(distiller.source))):
+        distiller.train()
+        yield
 
 
 @contextmanager

@@ -131,7 +131,8 @@ def killed_again_and_again(tmp_path, recipe, workers, kills, launcher=ALONE):
             begun(process, folder, before)
             time.sleep(draw.uniform(0, 0.7 * taken))
             if process.poll() is not None:
-                assert process.returncode == 0, process.communicate()[0]
+                said = process.communicate()[0]
+                assert process.returncode == 0, said
                 break
             kill(process, folder, launcher)
             done += 1
