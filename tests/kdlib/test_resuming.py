@@ -290,7 +290,7 @@ def test_a_teacher_that_was_changed_in_between_is_refused(tmp_path, monkeypatch)
 def test_a_folder_without_a_run_is_refused(tmp_path):
     assert "there is no run to resume" in refused(tmp_path, error=kdlib.KdlibError)
     (tmp_path / "recipe.json").write_text("{}")
-    assert "made_of.json: cannot be read" in refused(tmp_path, error=kdlib.KdlibError)
+    assert "made_of.json: there is no such file" in refused(tmp_path, error=kdlib.KdlibError)
     for text in ("[1", "[1]", "{}", "[" * 100_000):
         (tmp_path / "made_of.json").write_text(text)
         assert "cannot be resumed" in refused(tmp_path, error=kdlib.KdlibError)

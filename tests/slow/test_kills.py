@@ -75,11 +75,10 @@ def contents(folder):
 
 
 def finish(what, folder):
-    began = time.monotonic()
-    process = started(what, folder)
-    began = time.monotonic()
-    assert process.stdout.read() == "done\n"
-    assert process.wait() == 0
+    with started(what, folder) as process:
+        began = time.monotonic()
+        assert process.stdout.read() == "done\n"
+    assert process.returncode == 0
     return time.monotonic() - began
 
 
@@ -96,8 +95,8 @@ def test_after_kills_the_files_are_those_of_a_writer_that_was_not_killed(tmp_pat
         for _ in range(4):
             process = started(what, folder)
             time.sleep(draw.uniform(0, 0.9 * usual))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            with process:  # closes its output
+                process.send_signal(signal.SIGKILL)
             if process.returncode == -signal.SIGKILL:
                 kills += 1
             there = contents(folder)
