@@ -35,8 +35,8 @@ def reliability(certainty, right):
     """Return share, mean certainty and accuracy of each bin of certainty (Guo et al. 2017)."""
     which = (certainty * BINS).long().clamp(max=BINS - 1)
     count = torch.bincount(which, minlength=BINS)
-    mean = lambda value: torch.zeros(BINS).index_add(0, which, value) / count  # noqa: E731
-    return count / len(certainty), mean(certainty), mean(right)
+    certainties, rights = (torch.zeros(BINS).index_add(0, which, value) for value in (certainty, right))
+    return count / len(certainty), certainties / count, rights / count
 
 
 # %%

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -239,6 +240,7 @@ def test_what_a_user_can_do_wrong_is_code_2_and_a_message(kdlib, arguments, word
     assert complaints.count("error: ") == 1
     assert words in complaints
     assert "Traceback" not in complaints
+    assert len(re.findall(r" \[errors\.html#\w+error\]$", complaints, flags=re.MULTILINE)) == 1
 
 
 @pytest.mark.parametrize("change", ["train.select=best", "train.device=nowhere"])

@@ -29,7 +29,6 @@ FEW = {
     "points": {"soft": {"kind": "soft_labels", "weight": 0.9}, "hard": {"kind": "hard_labels", "weight": 0.1}},
 }
 """Five trainings of 3, 6, 3, 6 and 6 steps."""
-STEPS = 24
 
 
 class Killed(BaseException):
@@ -59,6 +58,14 @@ def timeless(path):
     return text
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Pictures take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("kdlib.figures.missing", lambda: "No pictures here.")
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that was left alone."""
@@ -84,10 +91,10 @@ def killed(folder, monkeypatch, where, count, **settings):
 
 
 STEP = (kdlib.training.Training, "take_step")
-"""Called once more at the end of each epoch: 33 times in all."""
+"""Called once more at the end of each epoch: 32 times in all."""
 
 
-@pytest.mark.parametrize("count", [1, 3, 6, 9, 14, 20, 26, 33])
+@pytest.mark.parametrize("count", [1, 6, 14, 32])
 def test_killed_at_a_step_it_goes_on_to_the_same_files(tmp_path, monkeypatch, whole, count):
     folder = killed(tmp_path / "run", monkeypatch, STEP, count)
     assert not (folder / "result.json").exists()
@@ -100,9 +107,7 @@ def test_killed_at_a_step_it_goes_on_to_the_same_files(tmp_path, monkeypatch, wh
     ("owner", "name", "count"),
     [
         (kdlib.system, "_save", 1),
-        (kdlib.system, "outputs", 1),
         (kdlib.system, "outputs", 4),
-        (kdlib.resuming.Keeping, "keep_scores", 2),
         (kdlib.run, "_write_predictions", 1),
         (kdlib.run, "write_sums", 1),
         (kdlib.run, "end", 1),
@@ -276,7 +281,7 @@ def test_a_teacher_that_was_changed_in_between_is_refused(tmp_path, monkeypatch)
     folder = killed(tmp_path / "run", monkeypatch, STEP, 30)
     path = folder / UNFINISHED / "main" / "teacher.safetensors"
     tensors, notes = kdlib.files.read_tensors(path)
-    name = next(name for name in tensors if name.startswith("choice/weights/"))
+    name = next(name for name in tensors if name.startswith("choice/weights/student"))
     tensors[name] += 1
     kdlib.files.write_tensors(path, tensors, notes)
     assert "teachers.0.state: there" in refused(folder, error=kdlib.TrainingError)
@@ -324,6 +329,9 @@ def test_what_is_left_half_written_goes(stopped):
 
 # the command
 
+EPOCHS = "systems.main.student.train.epochs=3"
+"""The recipe of a run has all its systems under `systems`."""
+
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
@@ -361,7 +369,7 @@ def test_the_command_ends_the_step_saves_and_says_how_to_go_on(command, monkeypa
     assert "Go on with: kdlib run --resume run" in text
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
     left, text = command("run", "--resume", "run", "--quiet")
-    assert left == 0
+    assert left == 0, text
     assert "Everything is in run" in text
     assert contents(tmp_path / "run") == contents(whole)
 
@@ -380,8 +388,8 @@ def test_the_command_refuses_another_recipe_and_forces_it(command, monkeypatch, 
     left, text = command("run", "few.json", "--set", "student.train.epochs=3", "--resume", "run")
     assert left == 2
     assert "epochs: there 2, here 3" in text
-    left, text = command("run", "--set", "student.train.epochs=3", "--resume", "run", "--force", "--quiet")
-    assert left == 0
+    left, text = command("run", "--set", EPOCHS, "--resume", "run", "--force", "--quiet")
+    assert left == 0, text
     assert json.loads((tmp_path / "run" / "result.json").read_text())["forced"]
 
 
