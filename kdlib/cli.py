@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -23,6 +23,7 @@ from rich.table import Table
 from kdlib import ranks, signals
 from kdlib.errors import DataError, KdlibError, PluginError, RankError, did_you_mean, printable
 from kdlib.registry import register, registry
+from kdlib.words import in_words
 
 MEANING = {
     "without": "the teacher, trained on hard labels",
@@ -489,12 +490,19 @@ def _describe(name: str) -> None:
         raise PluginError(f"No plugin named '{name}'.{did_you_mean(name, {one.name for one in registry().plugins()})}")
     for one in found:
         _print(f"{one.kind} {one.name}, of plugin {one.package}\n\n{inspect.getdoc(one.build) or ''}\n")
-        table = Table("setting", "default", "type")
+        table = Table("setting", "default", "what it may be")
+        schemas = one.settings.model_json_schema()["properties"] if one.settings.model_fields else {}
         for setting, field in one.settings.model_fields.items():
-            kind = getattr(field.annotation, "__name__", None) if not get_args(field.annotation) else None
             default = "required" if field.is_required() else repr(field.default)
-            table.add_row(setting, escape(default), escape(kind or str(field.annotation).replace("typing.", "")))
+            table.add_row(setting, escape(default), escape(_allowed(schemas[setting], field.annotation)))
         console.print(table)
+
+
+def _allowed(schema: dict[str, Any], annotation: Any) -> str:
+    try:
+        return in_words(schema)
+    except ValueError:  # of a plugin that has a type of its own
+        return str(annotation).replace("typing.", "")
 
 
 def _time(seconds: float) -> str:

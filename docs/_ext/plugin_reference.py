@@ -12,11 +12,11 @@ from pathlib import Path
 
 from catalogue import POINTS, needs, ours
 from sphinx.errors import ExtensionError
-from words import default_of, in_words
 
 from kdlib import hooks
 from kdlib.registry import Plugin, Registry
 from kdlib.settings import LIVE, validated
+from kdlib.words import default_of, in_words
 
 TITLES = {
     "point": "Points",

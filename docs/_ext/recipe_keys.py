@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pydantic import BaseModel
 from sphinx.errors import ExtensionError
-from words import default_of, in_words
 
 from kdlib import blocks
 from kdlib.blocks import Written
 from kdlib.schedules import Schedule
 from kdlib.settings import arguments_in
+from kdlib.words import default_of, in_words
 
 PLACES = {
     "RecipeBlock": ("The recipe", "the top level"),

@@ -297,7 +297,14 @@ def test_a_slip_in_the_students_part_is_found_before_anything_is_trained(kdlib, 
 def test_a_plugin_is_described_with_its_settings(kdlib):
     code, out, _ = kdlib("plugins", "soft_labels")
     assert code == 0
-    for word in ("point soft_labels", "Heo et al. 2019", "temperature", "Literal['logits', 'posteriors']", "1.0"):
+    for word in (
+        "point soft_labels",
+        "Heo et al. 2019",
+        "temperature",
+        '"logits" or "posteriors"',
+        "number above 0",
+        "1.0",
+    ):
         assert word in out
     code, _, complaints = kdlib("plugins", "soft_label")
     assert code == 2

@@ -1,14 +1,26 @@
 """Say in words what a JSON schema allows: ``number above 0 or schedule``."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Mapping
+from typing import Any
 
 SIMPLE = {"boolean": "true or false", "string": "string", "object": "table"}
 
 
-def in_words(schema: dict) -> str:
-    """Return a type and its bounds, of one key of a pydantic model."""
+def in_words(schema: Mapping[str, Any]) -> str:
+    """Return a type and its bounds, of one key of a pydantic model.
+
+    Raises:
+        ValueError: there are no words for such a schema.
+
+    Example:
+        >>> in_words({"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 2}, {"type": "null"}]})
+        'number from 0 below 2'
+    """
     if "$ref" in schema:
-        return schema["$ref"].rpartition("/")[2].lower()
+        return str(schema["$ref"]).rpartition("/")[2].lower()
     if "anyOf" in schema:
         return " or ".join(in_words(one) for one in schema["anyOf"] if one.get("type") != "null")
     if "const" in schema or "enum" in schema:
@@ -34,7 +46,7 @@ def in_words(schema: dict) -> str:
     raise ValueError(f"no words for {schema}")
 
 
-def default_of(schema: dict, required: bool) -> str:
+def default_of(schema: Mapping[str, Any], required: bool) -> str:
     """Return "required", or the default as TOML would have it."""
     if required:
         return "required"
@@ -42,7 +54,7 @@ def default_of(schema: dict, required: bool) -> str:
     return "none by default" if value is None or value == {} else f"default {json.dumps(value)}"
 
 
-def _bounds(schema: dict) -> list[str]:
+def _bounds(schema: Mapping[str, Any]) -> list[str]:
     names = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
     return [f"{word} {schema[key]:g}" for key, word in names.items() if key in schema]
 
