@@ -31,6 +31,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
 ]
+smartquotes = False  # quotes belong to values
 nitpicky = True
 nitpick_ignore = [("py:class", "kdlib.progress.T")]  # a type variable
 myst_enable_extensions = ["deflist", "dollarmath", "colon_fence"]
@@ -69,6 +70,7 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "write_computation_times": False,
     "min_reported_time": 1,
+    "parallel": 2,
 }
 
 

@@ -28,6 +28,7 @@ from kdlib.registry import register
 from kdlib.report import Report
 from kdlib.saved import Run, load_run
 from kdlib.schedules import Schedule
+from kdlib.signals import Stopped
 from kdlib.sources import SameInput
 from kdlib.taps import Frozen, Tapped, freeze
 from kdlib.training import History
@@ -59,6 +60,7 @@ __all__ = [
     "Scorer",
     "SoftLabelSource",
     "SoftLabels",
+    "Stopped",
     "Student",
     "TapError",
     "Tapped",

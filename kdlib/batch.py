@@ -12,6 +12,8 @@ from kdlib.errors import BatchError, TapError, did_you_mean
 from kdlib.interfaces import Batch
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+SHARE = "share"
+"""The key of a batch by whose value a rank's loss is multiplied: see :class:`kdlib.Loader`."""
 
 
 class NamedTaps(dict[str, Tensor]):
@@ -58,6 +60,11 @@ def as_batch(batch: Any) -> Batch:
         f"A batch is a mapping with 'x', or a pair (x, y), not {type(batch).__name__}. "
         'Make one: {"x": inputs, "y": labels}.'
     )
+
+
+def borrowed(batch: Batch) -> bool:
+    """Return whether a batch's rows are another rank's, for this one has none: what counts rows leaves it out."""
+    return batch.get(SHARE) == 0
 
 
 def same_shape(student: Tensor, teacher: Tensor) -> None:

@@ -37,29 +37,35 @@ ROWS = 32
 
 
 class Batches:
-    """Batches for a training loop, and the process time from the one after ``warm`` to the last one.
+    """Batches for a training loop, with a clock of process time that starts when the loop has taken ``warm`` steps.
+
+    It stops when the last batch is asked for, and again when the loop asks for one more, as not every trainer does.
 
     Args:
-        batches: what the loop gets.
-        warm: batches before the clock is started.
+        batches: what the loop gets, with a length.
+        warm: steps that are not timed.
     """
 
-    def __init__(self, batches: Sequence[Any], warm: int = WARM) -> None:
+    def __init__(self, batches: Any, warm: int = WARM) -> None:
         self.batches = batches
         self.warm = warm
+        self.steps = 0
+        """Steps that were timed."""
         self.seconds = 0.0
+        """What they took together."""
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        started = 0.0
+        started = 0.0 if self.warm else time.process_time()  # with no step to warm up loading the first one counts
         for number, batch in enumerate(self.batches):
-            if number == self.warm:
+            if number == self.warm and self.warm:
                 started = time.process_time()
-            elif number == len(self.batches) - 1:
-                self.seconds = time.process_time() - started
+            elif number == len(self) - 1:
+                self.steps, self.seconds = number - self.warm, time.process_time() - started
             yield batch
+        self.steps, self.seconds = len(self) - self.warm, time.process_time() - started
 
 
 class Ratio(NamedTuple):
@@ -119,7 +125,7 @@ def distilled(source: SoftLabelSource, student: nn.Module, batches: Iterable[Any
             soft=(1 - HINT, SoftLabels.hinton(TEMPERATURE)),
             hint=(HINT, FitNet()),
         )
-        distiller.prepare(batches.batches[0] if isinstance(batches, Batches) else next(iter(batches)))
+        distiller.prepare(next(iter(batches)))
         optimizer = distiller.attach(torch.optim.Adam(distiller.parameters()))
         for batch in batches:
             losses = distiller(batch)
@@ -147,13 +153,11 @@ class Trained:
         loop: the training.
         teacher: what it gets as teacher.
         student: trained from the weights that it has now, each time.
-        batches: one pass.
-        warm: of them, how many are not timed.
+        batches: one pass, in the same order each time.
+        warm: steps that are not timed.
     """
 
-    def __init__(
-        self, loop: Loop, teacher: object, student: nn.Module, batches: Sequence[Any], warm: int = WARM
-    ) -> None:
+    def __init__(self, loop: Loop, teacher: object, student: nn.Module, batches: Any, warm: int = WARM) -> None:
         self.loop = loop
         self.teacher = teacher
         self.student = student
@@ -168,7 +172,7 @@ class Trained:
         batches = Batches(self.batches, self.warm)
         self.loop(self.teacher, self.student, batches)
         self.end = copy.deepcopy(self.student.state_dict())
-        return batches.seconds / (len(batches) - 1 - self.warm)
+        return batches.seconds / batches.steps
 
     def differs(self, other: Trained) -> float:
         """Return the largest difference between the weights at the end and those of another loop."""
@@ -266,7 +270,7 @@ def made(size: Size, seed: int = 0) -> tuple[nn.Module, nn.Module, TensorPart, l
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         teacher, student = size.network(size.teacher), size.network(size.student)
-    count = size.warm + size.steps + 1
+    count = size.warm + size.steps
     drawn = keyed(seed, "bench")
     part = TensorPart(torch.randn(count * ROWS, 64, generator=drawn), torch.arange(count * ROWS) % 10)
     rows = torch.split(torch.arange(count * ROWS), ROWS)

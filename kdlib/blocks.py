@@ -69,6 +69,8 @@ class Train(Written):
     """Largest norm of the gradient."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Batches an optimizer step; batch norm still sees single batches."""
+    batch_norm: Literal["local", "sync"] = "local"
+    """Of several ranks: each normalises by its own rows, or by those of all (on CUDA only)."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that load clips; their number changes no result."""
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None

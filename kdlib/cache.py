@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdlib import ranks
 from kdlib.data import CLEAN
 from kdlib.errors import DataError
 from kdlib.fingerprints import items_of, name_of, source_of, state_of
@@ -66,6 +67,12 @@ def fit_features(features: Any, part: DataPart, cache: Cache | None, title: str 
     Raises:
         DataError: the part cannot be cached (see :func:`filled`).
     """
+    ranks.once(_fit, features, part, cache, title)
+    if ranks.world() > 1:
+        features.load_state_dict(ranks.once(features.state_dict))
+
+
+def _fit(features: Any, part: DataPart, cache: Cache | None, title: str) -> None:
     indices = track(range(len(part)), f"{title}: statistics")
     clips = (part[CLEAN, index]["x"] for index in indices)
     if cache is None:
@@ -89,6 +96,8 @@ def filled(
 ) -> Store:
     """Return the store of a part's features, having computed what it lacked: nothing, or the rest, or all of it.
 
+    Of several ranks each computes its share of the shards; the bytes are the same for any number of them.
+
     Args:
         features: fitted.
         part: the data. It needs the method ``fingerprint(index) -> str`` (see :class:`kdlib.DataPart`).
@@ -109,26 +118,30 @@ def filled(
     def row(index: int) -> dict[str, np.ndarray]:
         return _row(compute(index), cache.dtype, f"{title}: {part.ids[index]}")
 
-    store = make_store(cache.place(made_of), made_of, rows=len(part), row=lambda: row(0))
-    forms = {name: tuple(form.shape) for name, form in store.manifest.arrays.items()}
-    wrote = False
-    with Progress(transient=True, disable=not get_console().is_terminal) as bar:
-        task = bar.add_task(title, total=len(part))
-        for shard in range(store.shards):
-            if not store.intact(shard):
-                rows = []
-                for index in store.span(shard):
+    with ranks.together():
+        store = make_store(cache.place(made_of), made_of, rows=len(part), row=lambda: row(0))
+        forms = {name: tuple(form.shape) for name, form in store.manifest.arrays.items()}
+        wrote = False
+        mine = ranks.dealt(range(store.shards))
+        with Progress(transient=True, disable=not get_console().is_terminal) as bar:
+            task = bar.add_task(title, total=sum(len(store.span(shard)) for shard in mine))
+            for shard in mine:
+                rows: list[dict[str, np.ndarray]] = []
+                whole = store.intact(shard)
+                for index in () if whole else store.span(shard):
                     rows.append(row(index))
                     found = {name: array.shape for name, array in rows[-1].items()}
                     if found != forms:
                         raise DataError(
                             f"{title}: {part.ids[index]}: {found}, and the first item {forms}; a cache keeps one shape."
                         )
-                    bar.update(task, completed=index + 1)
-                store.write(shard, {name: np.stack([one[name] for one in rows]) for name in forms})
-                wrote = True
-            bar.update(task, completed=store.span(shard).stop)
-    if wrote and LOSS in forms:
+                    bar.advance(task)
+                if whole:
+                    bar.advance(task, len(store.span(shard)))
+                else:
+                    store.write(shard, {name: np.stack([one[name] for one in rows]) for name in forms})
+                    wrote = True
+    if any(ranks.gathered([wrote])) and ranks.rank() == 0 and LOSS in forms:
         worst = store.whole(LOSS).max()
         get_console().print(f"{title}: kept as float16, at most {worst:.2g} from what was computed", markup=False)
     return store

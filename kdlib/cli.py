@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -17,7 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kdlib.errors import DataError, KdlibError, PluginError, did_you_mean, printable
+from kdlib import ranks, signals
+from kdlib.errors import DataError, KdlibError, PluginError, RankError, did_you_mean, printable
 from kdlib.registry import register, registry
 
 MEANING = {
@@ -40,7 +44,8 @@ app.add_typer(store_app, name="store")
 console = Console()
 errors = Console(stderr=True)
 
-RecipeName = Annotated[str, typer.Argument(help="A recipe that comes with kdlib, or the path of a TOML or JSON file.")]
+RECIPE_HELP = "A recipe that comes with kdlib, or the path of a TOML or JSON file."
+RecipeName = Annotated[str, typer.Argument(help=RECIPE_HELP)]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. train.epochs=5.")
 ]
@@ -54,34 +59,42 @@ Modules = Annotated[
 
 @app.command("run")
 def run_command(
-    recipe: RecipeName,
+    recipe: Annotated[str | None, typer.Argument(help=f"{RECIPE_HELP} Not needed with --resume.")] = None,
     changes: Changes = None,
     plugins: Modules = None,
     out: Annotated[Path | None, typer.Option(help="The folder to make. Default: runs/NAME/TIME-DIGEST.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Go on with a run that was interrupted.")
+    ] = None,
+    every: Annotated[
+        int | None, typer.Option("--save-every", metavar="STEPS", min=1, help="Default: save after each epoch.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Go on though recipe, data or versions differ.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     dry: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost on this machine.")] = False,
 ) -> None:
-    """Run a recipe: train, distil, score, and show the rows."""
+    """Run a recipe: train, distil, score, and show the rows. Runs under torchrun, too."""
     from kdlib.recipe import read
     from kdlib.run import run
 
     _register(plugins)
+    if recipe is None and resume is None:
+        raise KdlibError("Name a recipe, or a run to go on with: --resume FOLDER.")
+    if force and resume is None:
+        raise KdlibError("--force is for --resume FOLDER.")
+    named = recipe if recipe is not None else f"{resume}/recipe.json"
     if dry:
-        from kdlib.estimate import estimate
-
-        with console.status("trying each training for a few steps"):
-            cost = estimate(read(recipe, changes))
-        _show_cost(cost)
+        if ranks.launched()[0] == 0:
+            _show_cost_of(read(named, changes))
         return
-    wanted = read(recipe, changes)
-    _refuse_wrong(wanted)
-    say = (lambda _: None) if quiet else _print
-    folder = run(wanted, out, progress=not quiet, say=say)
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    console.print(_table(result))
-    _list_pictures(folder)
-    seconds = result["seconds"]
-    _print(f"{seconds['wall']:.0f} s, {seconds['cpu'] / 60:.1f} CPU minutes. Everything is in {folder}")
+    with _exit_by_signal(), ranks.group(), _one_speaker():
+        with ranks.together():
+            wanted = read(named, changes)
+        ranks.once(_refuse_wrong, wanted)
+        say = (lambda _: None) if quiet else _print
+        folder = run(wanted, out, progress=not quiet, say=say, every=every, resume=resume, force=force)
+        if ranks.rank() == 0:
+            _show_result(folder)
 
 
 @app.command("check")
@@ -193,9 +206,10 @@ def store_build_command(
     from kdlib.storing import store_run
 
     _register(plugins)
-    stores = store_run(run, out, system=system, views=views, dtype=dtype, batch=batch, threads=threads, changes=changes)
-    if os.environ.get("RANK", "0") == "0":
-        for store in stores:
+    with ranks.group(), _one_speaker():
+        for store in store_run(
+            run, out, system=system, views=views, dtype=dtype, batch=batch, threads=threads, changes=changes
+        ):
             _show_store(store)
 
 
@@ -408,7 +422,48 @@ def _refuse_wrong(recipe: Any) -> None:
         return
 
 
-def _show_cost(cost: Any) -> None:
+def _show_result(folder: Path) -> None:
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    console.print(_table(result))
+    _list_pictures(folder)
+    seconds = result["seconds"]
+    _print(f"{seconds['wall']:.0f} s, {seconds['cpu'] / 60:.1f} CPU minutes. Everything is in {folder}")
+
+
+@contextmanager
+def _exit_by_signal() -> Iterator[None]:
+    """Leave with 130 after Ctrl-C and with 143 after SIGTERM, as shells have it, and say how to go on."""
+    try:
+        with signals.raised():
+            yield
+    except KeyboardInterrupt as stop:
+        if ranks.launched()[0] == 0:
+            for line in (str(stop) or "Stopped by SIGINT.", *getattr(stop, "__notes__", ())):
+                _print(line, errors)
+        raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+
+
+@contextmanager
+def _one_speaker() -> Iterator[None]:
+    """Have rank 0 alone print, and show bars."""
+    from rich import get_console
+
+    consoles = (console, get_console())
+    before = [one.quiet for one in consoles]
+    for one in consoles:
+        one.quiet = one.quiet or ranks.rank() > 0
+    try:
+        yield
+    finally:
+        for one, quiet in zip(consoles, before, strict=True):
+            one.quiet = quiet
+
+
+def _show_cost_of(recipe: Any) -> None:
+    from kdlib.estimate import estimate
+
+    with console.status("trying each training for a few steps"):
+        cost = estimate(recipe)
     table = Table("system", "training", title="expected on this machine, roughly")
     for column in ("steps", "s a step", "time", "memory"):
         table.add_column(column, justify="right")
@@ -498,16 +553,20 @@ def _table(result: dict[str, Any]) -> Table:
 
 def main() -> None:
     """Run the command. Exit codes: 0, 2 for a user's error (one message), 1 for a fault (with its traceback)."""
-    warnings.showwarning = lambda message, *_, **__: _print(f"warning: {message}", errors)
+    rank, world = ranks.launched()
+    who = f"rank {rank}: " if world > 1 else ""
+    warnings.showwarning = lambda message, *_, **__: _print(f"{who}warning: {message}", errors)
     try:
         app(standalone_mode=True)
     except KdlibError as error:
-        _print(f"error: {error} [{error.page}]", errors)
-        for note in getattr(error, "__notes__", []):
-            _print(f"  {note}", errors)
+        passed_on = isinstance(error, RankError)  # its text names the rank that failed, and one rank says it
+        if rank == 0 or not passed_on:
+            _print(f"{'' if passed_on else who}error: {error} [{error.page}]", errors)
+            for note in getattr(error, "__notes__", []):
+                _print(f"  {note}", errors)
         sys.exit(2)
     except Exception:
-        traceback.print_exc()
+        _print(f"{who}{traceback.format_exc()}", errors)
         errors.print("This is a fault of the program or of a plugin, not of yours; please report the lines above.")
         sys.exit(1)
 

@@ -6,20 +6,23 @@ import hashlib
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from kdlib.batch import as_batch, layout_of, map_tensors
+from kdlib import ranks
+from kdlib.batch import SHARE, as_batch, layout_of, map_tensors
 from kdlib.errors import DataError, KdlibError
 from kdlib.interfaces import Batch, DataPart
 from kdlib.keyed import keyed as _keyed
+from kdlib.signals import left_to_parent
 
 CLEAN = -1
 """The epoch that asks for items without augmentation."""
+Shards = Literal["rows", "batches"]
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,12 @@ class _Plain:
 class _EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index): the order is a function of (seed, epoch), so workers and a resumed run agree."""
 
-    def __init__(self, length: int, batch: int, seed: int, shuffle: bool) -> None:
+    def __init__(self, length: int, batch: int, seed: int, shuffle: bool, shards: Shards | None) -> None:
         self.length = length
         self.batch = batch
         self.seed = seed
         self.shuffle = shuffle
+        self.shards = shards
         self.epoch = 0
         self.start = 0
 
@@ -127,10 +131,25 @@ class _EpochBatches(Sampler[list[tuple[int, int]]]):
             order = list(range(self.length))
         pairs = [(self.epoch, index) for index in order]
         first = self.start * self.batch
-        return iter([pairs[row : row + self.batch] for row in range(first, self.length, self.batch)])
+        batches = [pairs[row : row + self.batch] for row in range(first, self.length, self.batch)]
+        if self.shards == "batches":
+            return iter(ranks.dealt(batches))
+        if self.shards == "rows":
+            return iter([list(ranks.split(rows)) or rows for rows in batches])
+        return iter(batches)
 
     def __len__(self) -> int:
-        return -(-self.length // self.batch)
+        whole = range(-(-self.length // self.batch))
+        return len(ranks.dealt(whole) if self.shards == "batches" else whole)
+
+    def rows(self, number: int) -> int:
+        """Return how many rows a batch of the epoch has, on all ranks together."""
+        return min(self.batch, self.length - number * self.batch)
+
+    def share(self, number: int) -> float:
+        """Return this rank's rows of a batch in units of all ranks' mean."""
+        rows = self.rows(number)
+        return ranks.world() * len(ranks.split(range(rows))) / rows
 
 
 class Loader:
@@ -147,6 +166,10 @@ class Loader:
         shuffle: False keeps the order of the data set.
         workers: loader processes; 0 loads in this one. The batches are the same.
         keyed: whether ``dataset[epoch, index]`` is how it is asked. Default: if it is a data part.
+        shards: what each process of a process group gets. ``rows``: its run of the rows of every batch, and in the
+            batch a number ``share``, by which to multiply its loss: world · its rows / all rows. Where a last batch
+            has fewer rows than there are processes, some get it whole with the share 0: they have to take part, and
+            nothing is counted twice. ``batches``: whole batches, dealt out like cards. Default: all of it.
 
     Example:
         >>> import torch, kdlib
@@ -165,13 +188,14 @@ class Loader:
         shuffle: bool = True,
         workers: int = 0,
         keyed: bool | None = None,
+        shards: Shards | None = None,
     ) -> None:
         if batch < 1:
             raise DataError(f"A batch has at least 1 row, not {batch}.")
         self.dataset = dataset if keyed else as_part(dataset)
         if not len(self.dataset):
             raise DataError("The data set is empty.")
-        self._batches = _EpochBatches(len(self.dataset), batch, seed, shuffle)
+        self._batches = _EpochBatches(len(self.dataset), batch, seed, shuffle, shards)
         self._next = 0
         self._loader: DataLoader[Any] = DataLoader(
             _Telling(self.dataset),
@@ -179,6 +203,7 @@ class Loader:
             batch_sampler=self._batches,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=left_to_parent,
             generator=_keyed(seed, "loader"),
         )
 
@@ -197,11 +222,26 @@ class Loader:
         """
         self._next = self._batches.epoch = epoch
         self._batches.start = start
-        return self._counted(epoch, _raising(iter(self._loader)))
+        return self._counted(epoch, start, _raising(iter(self._loader)))
 
-    def _counted(self, epoch: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def close(self) -> None:
+        """End the loader's processes. Left to the garbage collector, torch waits 5 seconds for each."""
+        iterator: Any = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._loader._iterator = None
+
+    def rows(self, number: int) -> int:
+        """Return how many rows a batch of an epoch has, on all ranks together."""
+        return self._batches.rows(number)
+
+    def _counted(self, epoch: int, start: int, batches: Iterator[Batch]) -> Iterator[Batch]:
         self._next = epoch + 1
-        yield from batches
+        if self._batches.shards != "rows":
+            yield from batches
+            return
+        for number, batch in enumerate(batches, start):
+            yield {**batch, SHARE: self._batches.share(number)}
 
 
 class _Telling(Dataset[Any]):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from kdlib import ranks
@@ -12,6 +16,9 @@ from kdlib.distiller import Distiller, untouched
 from kdlib.errors import TrainingError
 from kdlib.interfaces import Batch
 from kdlib.taps import teachers_in
+
+HOOKS = [f"_forward{kind}" for kind in ("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_pre_hooks")]
+"""Where torch keeps a module's forward hooks, by which it is tapped."""
 
 
 def ddp(distiller: Distiller, batch: Batch, *, static_graph: bool = False, **settings: Any) -> DistributedDataParallel:
@@ -25,7 +32,8 @@ def ddp(distiller: Distiller, batch: Batch, *, static_graph: bool = False, **set
 
     Make the optimizer from ``distiller.parameters()`` afterwards, call the wrapper for the losses, and
     ``distiller.advance()`` after each step. DDP's mean over ranks is the gradient of the mean over all rows where each
-    rank's loss is multiplied by world · its rows / all rows. :func:`kdlib.fit` does all this by itself.
+    rank's loss is multiplied by world · its rows / all rows, which :class:`kdlib.Loader` calls ``share`` in the batches
+    of ``shards="rows"``. :func:`kdlib.fit` does all this by itself.
 
     Drop the wrapper, with what else refers to it, and call ``gc.collect()`` before ``destroy_process_group()``: it sits
     in a reference cycle, and gloo may abort a process that ends with it.
@@ -41,14 +49,13 @@ def ddp(distiller: Distiller, batch: Batch, *, static_graph: bool = False, **set
             the loss leaves a layer out.
 
     Example:
-        >>> import gc, tempfile, torch, kdlib
+        >>> import gc, torch, kdlib
         >>> distiller = kdlib.Distiller(kdlib.Tapped(torch.nn.Linear(4, 3), logits=""), hard=kdlib.HardLabels())
         >>> batch = {"x": torch.zeros(2, 4), "y": torch.tensor([0, 1])}
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     torch.distributed.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
-        ...     kdlib.ddp(distiller, batch)(batch).total.backward()
-        ...     collected = gc.collect()
-        ...     torch.distributed.destroy_process_group()
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> kdlib.ddp(distiller, batch)(batch).total.backward()
+        >>> collected = gc.collect()
+        >>> torch.distributed.destroy_process_group()
     """
     if static_graph:
         raise TrainingError(
@@ -74,3 +81,23 @@ def _leaves_out(distiller: Distiller, batch: Batch) -> bool:
         reached = torch.autograd.grad(distiller(batch).total, trained, allow_unused=True)
     scheduled = any(callable(weight) for weight in distiller.weights.values())
     return scheduled or any(gradient is None for gradient in reached)
+
+
+@contextmanager
+def batch_norm_synced(module: nn.Module) -> Iterator[None]:
+    """Have a module's batch norms be SyncBatchNorms for a while, of the same parameters, buffers and hooks."""
+    swapped = []
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
+                synced = nn.SyncBatchNorm.convert_sync_batchnorm(child)  # type: ignore[no-untyped-call]
+                for hooks in HOOKS:
+                    setattr(synced, hooks, getattr(child, hooks))
+                setattr(parent, name, synced)
+                swapped.append((parent, name, child, synced))
+    try:
+        yield
+    finally:
+        for parent, name, child, synced in swapped:
+            child._buffers.update(synced._buffers)  # they may have come to another device
+            setattr(parent, name, child)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from kdlib import ranks
 from kdlib.cache import Cache, filled, read_item
 from kdlib.data import CLEAN
 from kdlib.fingerprints import settings_of, state_of
@@ -18,6 +20,8 @@ from kdlib.store import Store
 
 MEMORY = 4 << 30
 """Bytes of features that a part keeps at most; beyond that they are computed anew each time."""
+AT_ONCE = 64
+"""Items that ranks share out, and send one another, at a time."""
 
 
 class Featured:
@@ -61,7 +65,9 @@ class Featured:
         if features is not None and cache is not None:
             self._store = filled(features, part, cache, self._computed, title)
         elif features is not None and len(part) * self._clean(0)["x"].nbytes <= MEMORY:
-            self._kept = [self._computed(index) for index in track(range(len(part)), title)]
+            indices = iter(track(range(len(part)), title))
+            while some := list(itertools.islice(indices, AT_ONCE)):
+                self._kept += ranks.mapped(self._computed, some)
 
     def __len__(self) -> int:
         return len(self.part)

@@ -34,6 +34,11 @@ DEEPEST = 50
 """Tables and lists inside one another in a file that is read; no file of ours comes near."""
 
 
+def reason(error: OSError | ValueError) -> str:
+    """Return what the system says against a path, without the path; a ValueError is of one with a NUL."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder where it is missing, and see that files can be made in it.
 
@@ -42,8 +47,8 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KdlibError(f"{folder}: cannot be made: {error.strerror}.") from None
+    except (OSError, ValueError) as error:
+        raise KdlibError(f"{folder}: cannot be made: {reason(error)}.") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise KdlibError(f"{folder}: no files can be made there; it is read-only, or somebody else's.")
 
@@ -75,7 +80,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise KdlibError(f"{path}: {len(data):,} bytes cannot be written: {error.strerror or error}.") from error
+        raise KdlibError(f"{path}: {len(data):,} bytes cannot be written: {reason(error)}.") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -96,7 +101,7 @@ def append(path: Path, data: bytes) -> None:
                 file.truncate(size)
                 raise
     except OSError as error:
-        raise KdlibError(f"{path}: {len(data):,} bytes cannot be written: {error.strerror or error}.") from error
+        raise KdlibError(f"{path}: {len(data):,} bytes cannot be written: {reason(error)}.") from error
 
 
 def remove_left_over(folder: Path) -> None:
@@ -153,12 +158,11 @@ def read_bounded(path: Path, largest: int) -> bytes:
         KdlibError: it is larger, cannot be read, or is no file.
     """
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise KdlibError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}.")
+        _require_file(path)
         with path.open("rb") as file:
             data = file.read(largest + 1)
     except (OSError, ValueError) as error:
-        raise KdlibError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        raise KdlibError(f"{path}: cannot be read: {reason(error)}.") from None
     if len(data) > largest:
         raise KdlibError(f"{path}: larger than {largest:,} bytes, and not what it should be.")
     return data
@@ -166,23 +170,34 @@ def read_bounded(path: Path, largest: int) -> bytes:
 
 def write_sums(folder: Path, names: Iterable[str]) -> None:
     """Write the checksums of some files of a folder beside them."""
-    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    write_atomically(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
+    lines = [_sum_line(name, (folder / name).read_bytes()) for name in names]
+    write_atomically(folder / SUMS, b"".join(lines))
 
 
-def read_checked(folder: Path, name: str, largest: int) -> bytes:
-    """Return the contents of a file of which ``SHA256SUMS`` holds the checksum.
+def read_checked(folder: Path, largest: Mapping[str, int]) -> dict[str, bytes]:
+    """Return the contents of the files of a folder that ``SHA256SUMS`` is of.
+
+    Args:
+        folder: of the files.
+        largest: by name in their order there, how many bytes a file has at most.
 
     Raises:
-        KdlibError: it cannot be read, or it and its checksum do not agree.
+        KdlibError: a file cannot be read, or it and its checksum do not agree.
     """
-    data = read_bounded(folder / name, largest)
-    lines = read_bounded(folder / SUMS, largest).splitlines()
-    if f"{hashlib.sha256(data).hexdigest()}  {name}".encode() not in lines:
+    found = {name: read_bounded(folder / name, size) for name, size in largest.items()}
+    lines = {name: _sum_line(name, data) for name, data in found.items()}
+    stated = read_bounded(folder / SUMS, 1 << 16)
+    if stated != b"".join(lines.values()):
+        changed = next((name for name, line in lines.items() if line not in stated), SUMS)
         raise KdlibError(
-            f"{folder / name}: damaged, or changed by hand: it and {SUMS} do not agree. Copy the folder again."
+            f"{folder / changed}: damaged, or changed by hand: {SUMS} is not that of {' and '.join(lines)}. Copy the "
+            "folder again."
         )
-    return data
+    return found
+
+
+def _sum_line(name: str, data: bytes) -> bytes:
+    return f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
@@ -227,12 +242,14 @@ def _with_checksum(data: bytes, metadata: Mapping[str, Any]) -> bytes:
     return blank.replace(BLANK.encode(), hashlib.sha256(blank).hexdigest().encode(), 1)
 
 
+def _require_file(path: Path) -> None:
+    if not os.path.isfile(path):  # a pipe would be waited for; and pathlib raises where a name is too long for any file
+        raise KdlibError(f"{path}: {'not a file' if os.path.exists(path) else 'there is no such file'}.")
+
+
 def _checked(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file; refuse one that kdlib wrote and that is not as it was written."""
-    if not path.exists():
-        raise KdlibError(f"{path}: there is no such file.")
-    if not path.is_file():  # a pipe would be waited for
-        raise KdlibError(f"{path}: not a file.")
+    _require_file(path)
     try:
         with safetensors.safe_open(path, framework="np") as file:
             notes: dict[str, str] = file.metadata() or {}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -69,29 +70,46 @@ def progress_bar(steps: int, title: str = "training") -> Iterator[Callback]:
         yield show
 
 
-def csv_log(folder: Path) -> Callback:
-    """Keep ``metrics.csv``, one line an epoch, written anew each time: a term that comes later has its column too."""
-    path = folder / "metrics.csv"
-    records: list[Mapping[str, float]] = []
-    write_atomically(path, b"")
+def csv_log(folder: Path, before: Sequence[Mapping[str, float]] = ()) -> Callback:
+    """Keep ``metrics.csv``, one line an epoch, written anew each time: a term that comes later has its column too.
 
-    def write(event: Event) -> None:
-        if event.kind != "epoch":
-            return
-        records.append(event.record)
+    Args:
+        folder: where the file goes.
+        before: the lines of the epochs before those that will come.
+    """
+    path = folder / "metrics.csv"
+    records = list(before)
+
+    def keep() -> None:
         columns = list(dict.fromkeys(name for record in records for name in record))
         writer = csv.DictWriter(text := io.StringIO(newline=""), columns)
-        writer.writeheader()
-        writer.writerows(records)
+        if records:
+            writer.writeheader()
+            writer.writerows(records)
         write_atomically(path, text.getvalue().encode())
 
+    def write(event: Event) -> None:
+        if event.kind == "epoch":
+            records.append(event.record)
+            keep()
+
+    keep()
     return write
 
 
-def jsonl_log(folder: Path) -> Callback:
-    """Write one line a step to ``metrics.jsonl``."""
+def jsonl_log(folder: Path, before: int = 0) -> Callback:
+    """Write one line a step to ``metrics.jsonl``.
+
+    Args:
+        folder: where the file goes.
+        before: steps whose lines are kept; what a process that is gone wrote after them is cut off.
+    """
     path = folder / "metrics.jsonl"
-    write_atomically(path, b"")
+    size = _size_of(path, before)
+    if size:
+        os.truncate(path, size)
+    else:
+        write_atomically(path, b"")
 
     def write(event: Event) -> None:
         if event.kind == "step":
@@ -100,3 +118,19 @@ def jsonl_log(folder: Path) -> Callback:
             append(path, (json.dumps({**line, "terms": terms}) + "\n").encode())
 
     return write
+
+
+def _size_of(path: Path, steps: int) -> int:
+    """Return how many bytes the lines of the first steps take that are there."""
+    size = 0
+    if steps and path.is_file():
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    step = json.loads(line)["step"]
+                except (ValueError, KeyError, TypeError):  # half a line
+                    break
+                if step > steps or not line.endswith(b"\n"):
+                    break
+                size += len(line)
+    return size

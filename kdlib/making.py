@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from kdlib.errors import KdlibError, RecipeError
+from kdlib.files import reason
 from kdlib.recipe import read_data
 from kdlib.registry import registry
 from kdlib.run import open_data
@@ -24,7 +25,7 @@ def make(folder: Path, kind: str, changes: list[str] | None = None) -> None:
         RecipeError: the folder is there already, or a setting is wrong.
         KdlibError: this kind cannot be written, or the disk refuses.
     """
-    if folder.exists() or folder.is_symlink():
+    if os.path.lexists(folder):
         raise RecipeError(f"{folder}: is there already. Name a new folder.")
     usual = getattr(registry().get("dataset", kind).build, "written", {})
     parts = next(iter(open_data(read_data(kind, usual, changes)).values()))
@@ -36,7 +37,7 @@ def make(folder: Path, kind: str, changes: list[str] | None = None) -> None:
         beside.mkdir(parents=True)
         write(beside)
         beside.rename(folder)
-    except OSError as error:
-        raise KdlibError(f"{folder}: cannot be written: {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:
+        raise KdlibError(f"{folder}: cannot be written: {reason(error)}.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kdlib.data import to_device
-from kdlib.distiller import Distiller, Losses
+from kdlib.distiller import Losses
 from kdlib.errors import TrainingError
 from kdlib.interfaces import Batch
 
@@ -38,8 +38,8 @@ class Place:
         """Return a context in which a forward has this precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def forward(self, distiller: Distiller, batch: Mapping[str, Any]) -> Losses:
-        """Return the losses of a batch that is here."""
+    def forward(self, distiller: nn.Module, batch: Mapping[str, Any]) -> Losses:
+        """Return a distiller's losses of a batch that is here."""
         with self.autocast():
             losses: Losses = distiller(batch)
         return losses

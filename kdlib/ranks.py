@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,14 +18,21 @@ from kdlib.batch import map_tensors
 from kdlib.errors import RankError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 TIMEOUT = timedelta(hours=1)
 """How long a rank waits for the others: rank 0 may be fitting a scorer. One that died is noticed at once."""
+LOST = (
+    "rank {rank}: another process of the job is gone. Its own message says why, or the list in which torchrun "
+    "tells how each ended."
+)
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+"""Whether rank 0 does something by itself, for which it is a job of its own."""
 
 
 def grouped() -> bool:
-    """Return whether this process is one of a process group."""
-    return distributed.is_available() and distributed.is_initialized()
+    """Return whether this process is one of a process group, and not alone for the moment (:func:`once`)."""
+    return distributed.is_available() and distributed.is_initialized() and not _alone.get()
 
 
 def rank() -> int:
@@ -38,15 +46,19 @@ def world() -> int:
 
 
 def launched() -> tuple[int, int]:
-    """Return rank and world as the process group has them, or else as torchrun set them in the environment."""
-    if grouped():
-        return rank(), world()
+    """Return rank and world of the job, inside of :func:`once` too, and where torchrun's group was not entered."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def group() -> Iterator[None]:
-    """Be in the process group that torchrun's environment describes; do nothing where there is no such environment."""
+    """Be in the process group that torchrun's environment describes; do nothing where there is no such environment.
+
+    Raises:
+        RankError: another rank is gone; torch's own errors say that in several ways.
+    """
     if grouped() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         yield
         return
@@ -59,6 +71,8 @@ def group() -> Iterator[None]:
         yield
     except BaseException as error:
         _forget_frames(error)
+        if _is_loss(error):
+            raise RankError(LOST.format(rank=rank())) from error
         raise
     finally:
         # A DDP wrapper sits in a reference cycle. One that outlives the group holds gloo's threads, and torch then
@@ -90,11 +104,18 @@ def together() -> Iterator[None]:
 
 
 def once(function: Callable[..., T], *args: Any) -> T:
-    """Call a function on rank 0 alone, and return its result, or raise its error, on every rank."""
+    """Call a function on rank 0, and return its result, or raise its error, on every rank.
+
+    Inside it rank 0 is a job of its own: what is shared out elsewhere it does whole.
+    """
     result: Any = None
     with together():
         if rank() == 0:
-            result = function(*args)
+            before = _alone.set(True)
+            try:
+                result = function(*args)
+            finally:
+                _alone.reset(before)
     return _broadcast(result, 0)  # type: ignore[no-any-return]
 
 
@@ -121,6 +142,13 @@ def collected(items: Sequence[T]) -> list[T]:
     return [item for _, item in sorted(gathered(placed), key=lambda pair: pair[0])]
 
 
+def mapped(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Return the function's results in order, each computed on one rank, and pickled on the way to the others."""
+    with together():
+        own = [function(item) for number, item in enumerate(items) if number % world() == rank()]
+    return collected(own)
+
+
 def split(items: Sequence[T]) -> Sequence[T]:
     """Return this rank's run of items where each rank has as many as the others, or one less; there may be none."""
     return items[rank() * len(items) // world() : (rank() + 1) * len(items) // world()]
@@ -132,9 +160,31 @@ def summed(tensors: Sequence[Tensor]) -> None:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     distributed.all_reduce(flat)
-    totals = torch.split(flat, [tensor.numel() for tensor in tensors])
-    for tensor, total in zip(tensors, totals, strict=True):
-        tensor.copy_(total.view_as(tensor))
+    _put_back(flat, tensors)
+
+
+def level(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors by those of rank 0."""
+    if world() == 1:
+        return
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for some in alike.values():
+        flat = torch.cat([tensor.flatten() for tensor in some])
+        distributed.broadcast(flat, src=0)
+        _put_back(flat, some)
+
+
+def _put_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Give tensors the values that stand one after the other in a flat one."""
+    for tensor, values in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(values.view_as(tensor))
+
+
+def highest(number: int) -> int:
+    """Return the highest number of all ranks."""
+    return -_lowest(-number, None)
 
 
 def _lowest(number: int, error: Exception | None) -> int:
@@ -157,6 +207,11 @@ def _broadcast(value: Any, source: int) -> Any:
     box = [value]
     distributed.broadcast_object_list(box, src=source)
     return value if rank() == source else box[0]
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Return whether an error of torch says that the connection to another rank broke."""
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -11,27 +11,29 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from kdlib import figures
+from kdlib import figures, ranks
 from kdlib.building import facts_of
 from kdlib.errors import KdlibError, RecipeError
-from kdlib.files import parse_json, read_checked, write_atomically, write_json, write_sums
+from kdlib.files import parse_json, read_checked, reason, write_atomically, write_json, write_sums
 from kdlib.fusion import Scores, fuse
 from kdlib.interfaces import DataPart, DataParts
 from kdlib.metrics import confusion_matrix, macro_accuracy, wilson_interval
 from kdlib.recipe import FUSED, Part, Recipe
-from kdlib.recipe import LARGEST as RECIPE
+from kdlib.recipe import LARGEST as LARGEST_RECIPE
 from kdlib.registry import build
+from kdlib.resuming import UNFINISHED, Keeping, begin, end, finished, refuse_other, take_up, times_resumed
 from kdlib.system import train_system
 from kdlib.versions import versions
 
-RESULT = 1 << 26
-"""Bytes of a ``result.json`` that is read."""
+LARGEST = {"recipe.json": LARGEST_RECIPE, "result.json": 1 << 26}
+"""Bytes of the files of a run that are read again, but for the networks."""
 ROLES = ("without", "continued", "alone", "with")
 
 
@@ -46,65 +48,119 @@ class Pooled:
 
 
 def run(
-    recipe: Recipe, out: Path | None = None, *, progress: bool = True, say: Callable[[str], None] = lambda _: None
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+    every: int | None = None,
+    resume: Path | None = None,
+    force: bool = False,
 ) -> Path:
     """Train and score everything that a recipe asks for, and return the folder with the results.
+
+    Of several ranks each calls it; rank 0 alone writes and shows, and all return the same folder.
 
     Args:
         recipe: see :func:`kdlib.recipe.read`.
         out: the folder to make. Default: ``runs/<name>/<UTC time>-<8 hex digits of the resolved recipe>``.
         progress: show bars.
         say: is told what begins.
+        every: optimizer steps from one checkpoint to the next. Default: one at the end of each epoch.
+        resume: the folder of a run that was killed, stopped or failed, to go on in; what is done is not done again, and
+            the results are bit-equal to those of a run that was not interrupted.
+        force: go on even if the run was made of something else; ``result.json`` says so.
 
     Raises:
-        RecipeError: the folder is there already.
+        RecipeError: the folder is there already; or the run to resume was made of something else.
+        Stopped: a signal came, and the training at work is saved.
     """
-    with _quiet(not progress):
-        return _run(recipe, out, progress, say)
+    if resume is not None and out is not None:
+        raise RecipeError("A run that is resumed stays in its folder: leave out=, --out, away.")
+    with quiet(not progress or ranks.rank() > 0):
+        if resume is not None and ranks.once(finished, resume):
+            ranks.once(refuse_other, resume, recipe)
+            say(f"{resume}: is finished; there is nothing left to do.")
+            return resume
+        with ranks.together():
+            folds = make_data(recipe)
+        if resume is None:
+            folder = ranks.once(_made_folder, recipe, folds, out)
+            keeping = Keeping(folder / UNFINISHED, every)
+        else:
+            folder = resume
+            forced = ranks.once(partial(take_up, force=force), folder, recipe, folds)
+            keeping = Keeping(folder / UNFINISHED, every, resumed=True, force=force, forced=forced)
+        try:
+            return _run(recipe, folds, folder, keeping, progress, say)
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"Go on with: kdlib run --resume {folder}")
+            raise
 
 
-def _run(recipe: Recipe, out: Path | None, progress: bool, say: Callable[[str], None]) -> Path:
+def _run(
+    recipe: Recipe,
+    folds: Mapping[str, DataParts],
+    folder: Path,
+    keeping: Keeping,
+    progress: bool,
+    say: Callable[[str], None],
+) -> Path:
     started, cpu = time.perf_counter(), time.process_time()
-    now = datetime.datetime.now(datetime.UTC)
-    folder = out or Path("runs") / recipe.name / f"{now:%Y%m%dT%H%M%SZ}-{recipe.digest()}"
-    folds = make_data(recipe)
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise RecipeError(f"{folder}: is there already; a run never writes into another. Name a new --out.") from None
-    except OSError as error:
-        raise KdlibError(f"{folder}: cannot be made: {error.strerror}.") from None
-    write_json(folder / "recipe.json", recipe.dump())
     no_pictures = figures.missing()
     if no_pictures is not None:
         say(f"{no_pictures} This run goes on without.")
 
     collected: dict[tuple[str, str], list[tuple[str, DataPart, Scores]]] = {}
     for fold, parts in folds.items():
-        for name, system_scores in _systems(recipe, fold, parts, folder, progress, say).items():
+        for name, system_scores in _systems(recipe, fold, parts, folder, keeping, progress, say).items():
             for role, scores in system_scores.items():
                 collected.setdefault((name, role), []).append((fold, parts.test, scores))
     classes = tuple(next(iter(folds.values())).classes)
     pooled = {key: _pooled(of, classes) for key, of in collected.items()}
-    result = {
+    cpus = ranks.gathered([time.process_time() - cpu])
+    result: dict[str, Any] = {
         "name": recipe.name,
         "rows": [_row(*key, of, len(classes)) for key, of in pooled.items()],
         "classes": list(classes),
         "folds": list(folds),
         "facts": facts_of(next(iter(folds.values()))),
         "spreads": _spreads(collected),
-        "seconds": {"wall": time.perf_counter() - started, "cpu": time.process_time() - cpu},
+        "seconds": {"wall": time.perf_counter() - started, "cpu": sum(cpus)},
         "environment": _environment(),
     }
     skipping = [parts.skipped for parts in folds.values() if hasattr(parts, "skipped")]
     if skipping:
         result["skipped"] = dict(pair for pairs in skipping for pair in pairs)
-    _write_predictions(folder / "predictions.csv", pooled, classes)
-    write_json(folder / "result.json", result)
-    write_sums(folder, ("recipe.json", "predictions.csv", "result.json"))
-    if no_pictures is None:
-        figures.draw(folder, result)
+    if keeping.resumed:
+        result["resumed"] = ranks.once(times_resumed, folder)
+    if keeping.forced:
+        result["forced"] = keeping.forced
+    ranks.once(_write_results, folder, result, pooled)
     return folder
+
+
+def _made_folder(recipe: Recipe, folds: Mapping[str, DataParts], out: Path | None) -> Path:
+    """Make the folder of a run, with the recipe in it."""
+    now = datetime.datetime.now(datetime.UTC)
+    folder = out or Path("runs") / recipe.name / f"{now:%Y%m%dT%H%M%SZ}-{recipe.digest()}"
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise RecipeError(f"{folder}: is there already; a run never writes into another. Name a new --out.") from None
+    except (OSError, ValueError) as error:
+        raise KdlibError(f"{folder}: cannot be made: {reason(error)}.") from None
+    begin(folder, recipe, folds)
+    return folder
+
+
+def _write_results(folder: Path, result: dict[str, Any], pooled: Mapping[tuple[str, str], Pooled]) -> None:
+    _write_predictions(folder / "predictions.csv", pooled, tuple(result["classes"]))
+    if figures.missing() is None:
+        figures.draw(folder, result)
+    write_json(folder / "result.json", result)
+    write_sums(folder, LARGEST)
+    end(folder)
 
 
 def read_result(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
@@ -113,11 +169,10 @@ def read_result(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
     Raises:
         KdlibError: there is none, one of the two is damaged, or it is not that of a run, for it lacks a wanted key.
     """
-    if not (folder / "result.json").exists():
+    if not os.path.exists(folder / "result.json"):
         raise KdlibError(f"{folder}: no finished run; it has no result.json.")
-    read_checked(folder, "recipe.json", RECIPE)
     try:
-        result = parse_json(read_checked(folder, "result.json", RESULT))
+        result = parse_json(read_checked(folder, LARGEST)["result.json"])
     except ValueError as error:
         raise KdlibError(f"{folder}: result.json cannot be read: {error}.") from None
     lacking = set(wanted) - set(result if isinstance(result, dict) else ())
@@ -127,12 +182,12 @@ def read_result(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
+def quiet(wanted: bool) -> Iterator[None]:
     """Silence the bars of everything below, sources and plugins too: they write to rich's own console."""
     from rich import get_console
 
     console = get_console()
-    before, console.quiet = console.quiet, quiet or console.quiet
+    before, console.quiet = console.quiet, wanted or console.quiet
     try:
         yield
     finally:
@@ -159,14 +214,21 @@ def place_of(folder: Path, fold: str, system: str) -> Path:
 
 
 def _systems(
-    recipe: Recipe, fold: str, parts: DataParts, folder: Path, progress: bool, say: Callable[[str], None]
+    recipe: Recipe,
+    fold: str,
+    parts: DataParts,
+    folder: Path,
+    keeping: Keeping,
+    progress: bool,
+    say: Callable[[str], None],
 ) -> dict[str, dict[str, Scores]]:
     """Return the test scores of every system and role on one fold, the fusion among them."""
     scores: dict[str, dict[str, Scores]] = {}
     for name in recipe.systems:
         title = " ".join(filter(None, (f"fold {fold}" if fold else "", name if len(recipe.systems) > 1 else "")))
         say(f"{title or recipe.name}: {len(parts.train)} to train on, {len(parts.test)} to test")
-        scores[name] = train_system(name, recipe, parts, place_of(folder, fold, name), title, progress)
+        kept = keeping.within(place_of(keeping.folder, fold, name))
+        scores[name] = train_system(name, recipe, parts, place_of(folder, fold, name), title, progress, kept)
     if recipe.fusion is not None:
         settings = recipe.fusion
         common = [role for role in ROLES if all(role in of for of in scores.values())]
@@ -233,4 +295,5 @@ def _environment() -> dict[str, Any]:
     found = {"python": platform.python_version()}
     found |= versions("kdlib-asc", "torch", "numpy", "scikit-learn", "soundfile")
     machine = f"{platform.system()} {platform.machine()}"
-    return {"versions": found, "machine": machine, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    threads, world = torch.get_num_threads(), ranks.world()
+    return {"versions": found, "machine": machine, "cores": os.cpu_count(), "threads": threads, "ranks": world}

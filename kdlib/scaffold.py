@@ -29,7 +29,7 @@ def new_plugin(name: str, parent: Path) -> Path:
     """
     point = _point_of(name)
     folder = parent / name
-    if folder.exists() or folder.is_symlink():
+    if os.path.lexists(folder):
         raise KdlibError(f"{folder}: is there already, and is left alone. Take another name or another --parent.")
     names = {
         "kdlib-new-point": name,

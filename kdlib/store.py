@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -225,8 +226,11 @@ class Store:
         try:
             with _beside(path).open("rb") as beside:
                 seal = beside.read(LARGEST)
+            size = path.stat().st_size
+            if size > 8 + LARGEST + self.row_bytes * len(self.span(shard)):  # not worth a checksum
+                raise DataError(f"{path}: damaged: {size:,} bytes, more than {MANIFEST} says. Delete it, make it anew.")
             # Unlike mmap's, torch's map holds no file descriptor: there may be more shards than a process may have.
-            raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+            raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
         except FileNotFoundError as error:
             raise DataError(f"{error.filename}: there is no such file; the store is not finished.") from None
         except (OSError, RuntimeError) as error:
@@ -275,7 +279,7 @@ def make_store(
         KdlibError: it cannot be written, or there is too little room on the disk for what it lacks.
     """
     plain: dict[str, Any] = json.loads(_json({"made_of": dict(made_of), "rows": rows}))
-    if not (folder / MANIFEST).exists():
+    if not os.path.exists(folder / MANIFEST):
         make_folder(folder)
         arrays = dict(sorted(row().items()))
         for name, array in arrays.items():
@@ -304,7 +308,7 @@ def make_store(
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise DataError(f"{path}: not a file.")
         with path.open("rb") as file:
             data = file.read(LARGEST)  # a longer one is cut, and refused

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from kdlib import ranks
@@ -112,7 +113,7 @@ def build_store(
         teacher = _Labels(source, wrapped, drawn, dtype, place, seed, title)
         row: dict[str, np.ndarray] = {}
         shard_rows = None
-        if not (folder / MANIFEST).exists():
+        if not os.path.exists(folder / MANIFEST):
             row = {name: array[0] for name, array in teacher.of([range(min(batch, len(part)))]).items()}
             block = batch * (1 + drawn)
             size = block * max(1, sum(array.nbytes for array in row.values()))
@@ -224,7 +225,10 @@ def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
     views = views_of(store)
     mine = range(rank, store.shards, world)
     wrote = False
-    with Progress(transient=True, disable=rank > 0 or not get_console().is_terminal) as bar:
+    with (
+        ranks.together(),
+        Progress(transient=True, disable=rank > 0 or not get_console().is_terminal) as bar,
+    ):
         task = bar.add_task(title, total=len(mine))
         for shard in mine:
             if not store.intact(shard):
@@ -234,9 +238,7 @@ def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
                 store.write(shard, teacher.of(blocks))
                 wrote = True
             bar.advance(task)
-    if ranks.grouped():
-        distributed.barrier()
-    if wrote and rank == 0 and len(store.finished()) == store.shards:
+    if any(ranks.gathered([wrote])) and rank == 0 and len(store.finished()) == store.shards:
         for name, error in rounding(store).items():
             get_console().print(
                 f"{title}: '{name}' kept as float16, at most {error:.2g} from what was computed", markup=False

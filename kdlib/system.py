@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdlib import figures
+from kdlib import figures, ranks
 from kdlib.batch import call
 from kdlib.blocks import CacheBlock, Train
 from kdlib.building import (
@@ -27,11 +29,12 @@ from kdlib.building import (
     named,
 )
 from kdlib.cache import fit_features
+from kdlib.checkpoint import unsaved
 from kdlib.data import CLEAN, Loader
 from kdlib.distiller import Distiller
 from kdlib.errors import RecipeError
 from kdlib.featured import Featured
-from kdlib.files import make_folder, write_arrays, write_atomically, write_tensors
+from kdlib.files import make_folder, require_room, write_arrays, write_atomically, write_tensors
 from kdlib.fit import OPTIMIZERS, fit
 from kdlib.fusion import Scores, log_softmax
 from kdlib.interfaces import DataPart, DataParts, Scorer
@@ -39,6 +42,7 @@ from kdlib.metrics import confusion_matrix, most_confused
 from kdlib.points import HardLabels
 from kdlib.recipe import Network, Part, Recipe, System
 from kdlib.registry import build
+from kdlib.resuming import Keeping
 from kdlib.sources import CrossFit, fold_of_groups
 from kdlib.sources.parts import Rows
 
@@ -55,6 +59,7 @@ class Job:
     folder: Path
     title: str
     progress: bool
+    keeping: Keeping
     cache: CacheBlock | None = None
 
     @property
@@ -69,7 +74,7 @@ def stem(role: str) -> str:
 
 
 def train_system(
-    name: str, recipe: Recipe, parts: DataParts, folder: Path, title: str, progress: bool
+    name: str, recipe: Recipe, parts: DataParts, folder: Path, title: str, progress: bool, keeping: Keeping
 ) -> dict[str, Scores]:
     """Train what a system asks for, save it, and return the test scores by role.
 
@@ -77,12 +82,12 @@ def train_system(
     the student but on hard labels: ``continued`` where both start from the teacher, else ``alone``.
     """
     _refuse_missing(recipe.systems[name])
-    job = Job(name, recipe.systems[name], recipe.data, recipe.scorer, parts, folder, title, progress, recipe.cache)
-    system = job.system
+    system = recipe.systems[name]
+    job = Job(name, system, recipe.data, recipe.scorer, parts, folder, title, progress, keeping, recipe.cache)
     train, valid, test, features = _featured(job)
-    make_folder(folder)
+    ranks.once(make_folder, folder)
     if features is not None:
-        write_tensors(folder / "features.safetensors", features.state_dict())
+        ranks.once(write_tensors, folder / "features.safetensors", features.state_dict())
 
     teacher = _teacher(job, train, valid)
     _save(folder / "teacher.safetensors", teacher, parts.classes)  # now: what follows may fail
@@ -97,7 +102,7 @@ def train_system(
             _save(folder / f"{stem(role)}.safetensors", network, parts.classes)
         scores[role] = _scored(job, role, network, train, test)
     if hasattr(source, "pictures") and figures.missing() is None:
-        _draw(job, source, test, scores["without"])
+        ranks.once(_draw, job, source, test, scores["without"])
     return scores
 
 
@@ -115,19 +120,20 @@ def _draw(job: Job, source: Any, test: DataPart, scores: Scores) -> None:
 def _refuse_missing(system: System) -> None:
     """Refuse a file of weights that is not there before anything is trained."""
     for key, path in (("teacher.weights", system.weights), ("student.start", system.start)):
-        if isinstance(path, Path) and not path.is_file():
+        if isinstance(path, Path) and not os.path.isfile(path):
             raise RecipeError(f"{key}: {path}: there is no such file.")
 
 
 def outputs(model: nn.Module, part: DataPart, train: Train) -> dict[str, np.ndarray]:
-    """Return the taps of every clip of a part in order: clean data, eval mode."""
+    """Return the taps of every clip of a part in order: clean data, eval mode. Ranks share the batches out."""
     model.eval()
-    collected: dict[str, list[np.ndarray]] = {}
-    with torch.inference_mode():
-        for batch in Loader(part, batch=train.batch, shuffle=False, workers=train.workers).epoch(CLEAN):
-            for name, tap in call(model, batch["x"]).items():
-                collected.setdefault(name, []).append(tap.float().numpy())
-    return {name: np.concatenate(pieces) for name, pieces in collected.items()}
+    loader = Loader(part, batch=train.batch, shuffle=False, workers=train.workers, shards="batches")
+    own: list[dict[str, np.ndarray]] = []
+    with ranks.together(), torch.inference_mode():
+        for batch in loader.epoch(CLEAN):
+            own.append({name: tap.float().numpy() for name, tap in call(model, batch["x"]).items()})
+    pieces = ranks.collected(own)
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def _featured(job: Job) -> tuple[DataPart, DataPart | None, DataPart, Any]:
@@ -146,7 +152,10 @@ def _featured(job: Job) -> tuple[DataPart, DataPart | None, DataPart, Any]:
         )
 
     with named(job.data, block):
-        if hasattr(features, "fit"):
+        known = job.keeping.found(job.folder / "features.safetensors")
+        if known is not None:
+            features.load_state_dict(known[0])
+        elif hasattr(features, "fit"):
             fit_features(features, parts.train, cache, about("training"))
         valid = None if parts.valid is None else through(parts.valid, "validation")
         return through(parts.train, "training", augment=True), valid, through(parts.test, "test"), features
@@ -227,7 +236,7 @@ def _pretrained(
     model.load_state_dict({**own, **carried})
     new = [name for name in own if name not in carried]
     text = "".join(f"{name}\n" for name in new)
-    write_atomically(job.folder / place / "not_carried_over.txt", text.encode())
+    ranks.once(write_atomically, job.folder / place / "not_carried_over.txt", text.encode())
     return model
 
 
@@ -236,9 +245,16 @@ def _fit(job: Job, role: str, distiller: Distiller, train: Train, data: DataPart
     maker = partial(OPTIMIZERS[train.optimizer.kind], **train.optimizer.keywords())
     title = f"{job.title} {role}"
     system = job.system
+    require_room(job.folder, sum(value.nbytes for value in distiller.student.state_dict().values()))
     involved = [job.data, system.features, system.teacher.model, system.student.model, system.source]
+    keeping, lost = job.keeping, unsaved(distiller)
+    if lost and ranks.rank() == 0:
+        warnings.warn(f"{title}: has no checkpoints: {'; '.join(lost)}. It begins anew if resumed.", stacklevel=2)
+    elif not lost:
+        keywords |= {"checkpoint": keeping.folder / f"{role}.safetensors", "every": keeping.every}
+        keywords |= {"resume": keeping.resumed, "force": keeping.force}
     with named(*involved, *(point.part for point in system.points.values())):
-        fit(
+        history = fit(
             distiller,
             data,
             valid=valid,
@@ -248,12 +264,31 @@ def _fit(job: Job, role: str, distiller: Distiller, train: Train, data: DataPart
             progress=title if job.progress else False,
             **keywords,
         )
+    keeping.note(history.forced)
 
 
 def _scored(job: Job, role: str, network: nn.Module, train: DataPart, test: DataPart) -> Scores:
     """Return the test scores of a network: of the scorer trained on its embeddings, or its log-softmax."""
     settings = job.system.teacher.train if role == "without" else job.system.student.train
     ids, classes = tuple(test.ids), tuple(job.parts.classes)
+    kept = job.keeping.kept_scores(role, ids)
+    lacking = any(ranks.gathered([kept is None]))
+    if kept is None or lacking:
+        kept = _scored_anew(job, role, network, train, test, settings, ids, classes)
+        ranks.once(job.keeping.keep_scores, role, kept)
+    return kept
+
+
+def _scored_anew(
+    job: Job,
+    role: str,
+    network: nn.Module,
+    train: DataPart,
+    test: DataPart,
+    settings: Train,
+    ids: tuple[str, ...],
+    classes: tuple[str, ...],
+) -> Scores:
     seen, unseen = outputs(network, train, settings), outputs(network, test, settings)
     if job.scorer is None:
         own, values = (log_softmax(taps["logits"]) for taps in (seen, unseen))
@@ -261,11 +296,24 @@ def _scored(job: Job, role: str, network: nn.Module, train: DataPart, test: Data
     if "embedding" not in seen:
         raise RecipeError(f"{job.scorer.at}: a scorer wants the tap 'embedding'; the model gives {', '.join(seen)}.")
     with named(job.scorer):
-        scorer: Scorer = build(job.scorer.plugin, job.scorer.settings, {}, {}, job.scorer.at)
-        scorer.fit(seen["embedding"], train.labels)
-        write_arrays(job.folder / f"{stem(role)}-scorer.safetensors", scorer.state())
-        columns = tuple(classes[number] for number in scorer.classes_)
-        return Scores(ids, columns, scorer.scores(unseen["embedding"]), _spread(scorer.scores(seen["embedding"])))
+        return ranks.once(_scored_by, job, role, job.scorer, seen["embedding"], train.labels, unseen["embedding"], ids)
+
+
+def _scored_by(
+    job: Job,
+    role: str,
+    part: Part,
+    seen: np.ndarray,
+    labels: np.ndarray,
+    unseen: np.ndarray,
+    ids: tuple[str, ...],
+) -> Scores:
+    """Return the scores of the scorer that is trained on a network's embeddings, and save it."""
+    scorer: Scorer = build(part.plugin, part.settings, {}, {}, part.at)
+    scorer.fit(seen, labels)
+    write_arrays(job.folder / f"{stem(role)}-scorer.safetensors", scorer.state())
+    columns = tuple(job.parts.classes[number] for number in scorer.classes_)
+    return Scores(ids, columns, scorer.scores(unseen), _spread(scorer.scores(seen)))
 
 
 def _spread(values: np.ndarray) -> tuple[float, float]:
@@ -274,4 +322,4 @@ def _spread(values: np.ndarray) -> tuple[float, float]:
 
 def _save(path: Path, network: nn.Module, classes: Any) -> None:
     """Save a network under its own names: the file loads in a program that never heard of kdlib."""
-    write_tensors(path, network.state_dict(), {"classes": list(classes)})
+    ranks.once(write_tensors, path, network.state_dict(), {"classes": list(classes)})

@@ -199,7 +199,7 @@ def checked_taps(output: Any, role: str) -> Taps:
 
     What is no tensor, such as a named output's tuple of all hidden states, is no tap; Tapped picks from it.
     """
-    if not isinstance(output, dict | Mapping):  # a dictionary is found out sooner
+    if not isinstance(output, (dict, Mapping)):  # a dictionary is found sooner
         raise TapError(
             f"The {role} returned {_describe(output)}, not taps. Wrap it: "
             "kdlib.Tapped(model, logits=\"\") names its output 'logits'."
@@ -296,8 +296,10 @@ class Frozen:
         function = self._method(name)
         first = args[0] if args else None
         example = first if isinstance(first, Tensor) else next(tensors_in((args, kwargs)), None)
-        if any(part.training for part in self._parts):
-            self.model.eval()
+        for part in self._parts:  # not any(...), which takes longer than all else here
+            if part.training:
+                self.model.eval()
+                break
         home = None if example is None else example.device
         place = self._pinned or home
         if place is not None and self._weight is not None and self._weight.device != place:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from kdlib.batch import tensors_in
+from kdlib import ranks
+from kdlib.batch import SHARE, borrowed, tensors_in
 from kdlib.data import CLEAN, Loader
 from kdlib.distiller import Distiller, Losses
 from kdlib.errors import TrainingError
@@ -31,9 +33,10 @@ class History:
     """What a training was: one record an epoch, and the epoch whose weights the student has now."""
 
     epochs: list[dict[str, float]] = field(default_factory=list)
-    """``epoch``, ``step``, ``lr``, ``seconds``, ``total`` and each term as means over the epoch's rows; with a
-    validation part the same with ``valid_`` before the name. ``waiting`` is the share of the time of the epoch's steps
-    in which they waited for data: what loading takes, or with workers what it takes longer than the steps do."""
+    """``epoch``, ``step``, ``lr``, ``seconds``, ``total`` and each term as means over the epoch's rows, on all ranks;
+    with a validation part the same with ``valid_`` before the name. ``waiting`` is the share of the time of the epoch's
+    steps in which they waited for data: what loading takes, or with workers what it takes longer than the steps do.
+    ``seconds`` and ``waiting`` are this rank's."""
     best: int = -1
     """The epoch whose weights were kept."""
     teacher: dict[str, Hits] = field(default_factory=dict)
@@ -41,6 +44,8 @@ class History:
     ``through the source`` and ``on the student's input alone``. Empty without a source."""
     difference: dict[str, float] = field(default_factory=dict)
     """What the source's ``difference`` says of the training part. Empty where it has none."""
+    forced: list[str] = field(default_factory=list)
+    """Where it went on from a checkpoint by force, a line for each difference from what it was made of before."""
 
     @property
     def steps(self) -> int:
@@ -64,6 +69,15 @@ class Means:
     def result(self) -> dict[str, float]:
         """Return the mean of each term."""
         return {name: float(value) / self.counts[name] for name, value in self.sums.items()}
+
+    def of_all_ranks(self) -> Means:
+        """Return the means over what all ranks took in."""
+        whole = Means()
+        for sums, counts in ranks.gathered([(self.sums, self.counts)]):
+            for name, value in sums.items():
+                whole.sums[name] = whole.sums.get(name, torch.zeros_like(value)) + value
+                whole.counts[name] = whole.counts.get(name, 0) + counts[name]
+        return whole
 
 
 @dataclass
@@ -99,10 +113,13 @@ class Choice:
 class Training:
     """A training as it stands: what is trained, how, and how far it has come.
 
-    Between two calls of ``take_step`` and ``end_epoch`` it is whole, and ``run`` goes on from there.
+    Between two calls of ``take_step`` and ``end_epoch`` it is whole, and ``run`` goes on from there. It is then the
+    same on all ranks, up to what a rank's processes have loaded ahead.
     """
 
     distiller: Distiller
+    wrapped: nn.Module
+    """What is called for the losses in training: the distiller, or the DDP around it."""
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None
     train: Loader
@@ -131,6 +148,8 @@ class Training:
     """How much of it was waiting for data."""
     last: tuple[Losses, float] | None = None
     """The losses of the last batch, and the learning rate of its step."""
+    between: Callable[[], None] = lambda: None
+    """Called where it is whole: after each step and each epoch, and in a validation before each batch."""
 
     @property
     def over(self) -> bool:
@@ -143,25 +162,29 @@ class Training:
             to_train_mode(self.distiller, self.kept)
             batches = self.train.epoch(self.epoch, start=self.batch)
             while self.take_step(batches, tell):
-                pass
+                self.between()
             self.end_epoch(tell)
+            self.between()
         self.history.best = self.choice.take(self.distiller, self.epoch - 1)
 
     def take_step(self, batches: Iterator[Batch], tell: Callback) -> bool:
         """Take one optimizer step on the next batches of the epoch, and return whether there were any."""
         started = time.perf_counter()
-        group = self._fetched(batches)
+        with ranks.together():
+            group = self._fetched(batches)
         if not group:
             return False
         self.waited += time.perf_counter() - started
         self.optimizer.zero_grad()
         where = f"step {self.step}, epoch {self.epoch}"
-        with self._keyed(self.step), _buffers_restored_on_error(self.distiller.student):
+        unseen = any(map(borrowed, group))
+        with self._keyed(self.step), _buffers_restored(self.distiller.student, on_error_only=not unseen):
             losses = self._gradients(group, where)
             self._clip(group, where)
         rate = float(self.optimizer.param_groups[0]["lr"])
         now = {"lr": rate, **self.distiller.in_force(self.epoch)}
         self.optimizer.step()
+        ranks.level(self.distiller.student.buffers())  # before what follows the student, such as an average of it
         self.distiller.advance()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -188,7 +211,8 @@ class Training:
         self.epoch, self.batch, self.means, self.seconds, self.waited = self.epoch + 1, 0, Means(), 0.0, 0.0
 
     def _keyed(self, *key: int | str) -> Any:
-        return default_generators_keyed(self.place.device, self.seed, "step", *key)
+        own = [f"rank {ranks.rank()}"] if ranks.rank() else []
+        return default_generators_keyed(self.place.device, self.seed, "step", *key, *own)
 
     def _fetched(self, batches: Iterator[Batch]) -> list[Batch]:
         """Return the batches of the next step. A data set that draws from torch's default generator is keyed too."""
@@ -197,13 +221,16 @@ class Training:
 
     def _gradients(self, group: list[Batch], where: str) -> Losses:
         """Add up the gradients of a group of batches, each by its share of the rows, and return the last losses."""
-        rows = sum(_rows(batch) for batch in group)
-        for batch in group:
-            losses = self.place.forward(self.distiller, self.place.batch(batch))
-            _refuse_infinite(losses, batch, self.train.dataset, where)
-            torch.autograd.backward(losses.total * (_rows(batch) / rows))
-            self.means.add(losses, _rows(batch))
-        return Losses(losses.total.detach(), losses.terms)
+        rows = [self.train.rows(self.batch + place) for place in range(len(group))]
+        for place, batch in enumerate(group):
+            with _kept_back(self.wrapped) if place < len(group) - 1 else nullcontext():
+                with ranks.together():
+                    losses = self.place.forward(self.wrapped, self.place.batch(batch))
+                    _refuse_infinite(losses, batch, self.train.dataset, where)
+                torch.autograd.backward(losses.total * (batch[SHARE] * rows[place] / sum(rows)))
+            losses = _over_ranks(losses, batch[SHARE])
+            self.means.add(losses, rows[place])
+        return losses
 
     def _clip(self, group: list[Batch], where: str) -> None:
         """Bound the gradient's norm, and refuse one that is not finite though the loss is."""
@@ -222,11 +249,17 @@ class Training:
         means = Means()
         clock = (int(self.distiller.step), self.epoch)
         with self._keyed("validate"):
-            for batch in loader.epoch(CLEAN):
-                losses = self.place.forward(self.distiller, {**self.place.batch(batch), "clock": lambda: clock})
-                _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {self.epoch}")
-                means.add(losses, _rows(batch))
-        return {f"valid_{name}": value for name, value in means.result().items()}
+            batches = loader.epoch(CLEAN)
+            for _ in range(ranks.highest(len(loader))):  # a rank may have one batch less than the others
+                self.between()
+                with ranks.together():
+                    batch = next(batches, None)
+                    if batch is None:
+                        continue
+                    losses = self.place.forward(self.distiller, {**self.place.batch(batch), "clock": lambda: clock})
+                    _refuse_infinite(losses, batch, loader.dataset, f"the validation after epoch {self.epoch}")
+                    means.add(losses, len(batch["index"]))
+        return {f"valid_{name}": value for name, value in means.of_all_ranks().result().items()}
 
 
 def kept_in_eval(student: nn.Module) -> list[nn.Module]:
@@ -266,8 +299,20 @@ def samples_of(batch: Batch, dataset: Any) -> str:
     return f"The inputs are finite; the samples are: {', '.join(names)}."
 
 
-def _rows(batch: Batch) -> int:
-    return len(batch["index"])
+def _over_ranks(losses: Losses, share: float) -> Losses:
+    """Return the means over the rows of all ranks, without gradient."""
+    total, terms = losses.total.detach(), losses.terms
+    if ranks.world() > 1:
+        means = torch.stack([total, *terms.values()]).double() * (share / ranks.world())
+        ranks.summed([means])
+        total, *rest = means.to(total.dtype)
+        terms = dict(zip(terms, rest, strict=True))
+    return Losses(total, terms)
+
+
+def _kept_back(wrapped: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which gradients are added up and not yet sent to other ranks."""
+    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
 
 def _refuse_infinite(losses: Losses, batch: Batch, dataset: Any, where: str) -> None:
@@ -280,13 +325,17 @@ def _refuse_infinite(losses: Losses, batch: Batch, dataset: Any, where: str) -> 
 
 
 @contextmanager
-def _buffers_restored_on_error(module: nn.Module) -> Iterator[None]:
-    """Keep a batch that is not finite out of running statistics: they change in the forward, before it is noticed."""
+def _buffers_restored(module: nn.Module, *, on_error_only: bool) -> Iterator[None]:
+    """Keep a batch out of running statistics, which change in the forward: one that is not finite, or is borrowed."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    restored = not on_error_only
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+        restored = True
         raise
+    finally:
+        if restored:
+            with torch.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)

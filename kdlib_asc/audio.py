@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from math import ceil, gcd
@@ -202,9 +203,9 @@ def _soundfile() -> Any:
 def _decode(path: Path) -> tuple[np.ndarray, int]:
     """Return all samples (frames, channels) float32 and their rate, having refused what is damaged."""
     soundfile = _soundfile()
-    if not path.is_file():
-        absent = "a link that leads nowhere" if path.is_symlink() else "no such file"
-        raise DataError(f"{path}: {'not a file' if path.exists() else absent}")
+    if not os.path.isfile(path):
+        absent = "a link that leads nowhere" if os.path.islink(path) else "no such file"
+        raise DataError(f"{path}: {'not a file' if os.path.exists(path) else absent}")
     blocks = []
     try:
         with soundfile.SoundFile(path) as file:

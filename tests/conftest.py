@@ -8,7 +8,7 @@ import torch
 
 torch.set_num_threads(1)
 CLEAN_PROCESSES = multiprocessing.get_context("forkserver")
-CLEAN_PROCESSES.set_forkserver_preload(["torch", "kdlib"])
+CLEAN_PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "kdlib"])  # DDP imports the second
 
 
 @pytest.fixture(scope="session")

@@ -113,8 +113,9 @@ def write(folder: Path, registry: Registry, elsewhere: str = "") -> None:
         wrong += [f"{plugin.label} lacks {', '.join(lacking(plugin))}" for plugin in plugins if lacking(plugin)]
         if wrong:
             continue
-        words = said.replace("``", "`")
-        head = f"# {TITLES[kind]}\n\nThe hook `{hook}`. {words}\n\n"
+        words = said.replace("``", "`").removeprefix("Return ")
+        words = words[0].upper() + words[1:]
+        head = f"# {TITLES[kind]}\n\n{words} The hook is `{hook}`.\n\n"
         (folder / f"{kind}.md").write_text(
             head + "\n".join(section(plugin, elsewhere) for plugin in plugins), encoding="utf-8"
         )

@@ -1,7 +1,7 @@
 """Write the reference of a recipe's keys from its pydantic models: a key without a description fails the build."""
 
 import inspect
-import json
+import re
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -9,23 +9,25 @@ from sphinx.errors import ExtensionError
 from words import default_of, in_words
 
 from kdlib import blocks
+from kdlib.blocks import Written
 from kdlib.schedules import Schedule
 from kdlib.settings import arguments_in
 
-SECTIONS: list[tuple[type[BaseModel], str, str]] = [
-    (blocks.RecipeBlock, "The recipe", "The keys at the top level. With `systems` a system's own keys stand there."),
-    (blocks.SystemBlock, "A system", "`[systems.NAME]`, or the top level of a recipe without `systems`."),
-    (blocks.TeacherBlock, "The teacher", "`[teacher]`"),
-    (blocks.Inference, "A teacher at work", "`teacher.inference`"),
-    (blocks.StudentBlock, "The student", "`[student]`"),
-    (blocks.PointKeys, "A point", "`[points.NAME]`, beside `kind` and the settings of the point."),
-    (blocks.Train, "Training", "`[train]`, `[teacher.train]`, `[student.train]`"),
-    (blocks.Optimizer, "The optimizer", "`train.optimizer`; what is not given is torch's default."),
-    (blocks.Pretrain, "A first training", "`[teacher.pretrain]`"),
-    (Schedule, "A schedule", "Wherever a weight or a temperature stands."),
-    (blocks.Fusion, "Fusion", "`[fusion]`, with several systems."),
-    (blocks.CacheBlock, "Features kept on disk", "`[cache]`"),
-]
+PLACES = {
+    "RecipeBlock": ("The recipe", "the top level"),
+    "SystemBlock": ("A system", "`[systems.NAME]`, or the top level of a recipe without `systems`"),
+    "TeacherBlock": ("The teacher", "`[teacher]`"),
+    "StudentBlock": ("The student", "`[student]`"),
+    "PointKeys": ("A point", "`[points.NAME]`"),
+    "Train": ("Training", "`[train]`, `[teacher.train]`, `[student.train]`"),
+    "Optimizer": ("The optimizer", "`train.optimizer`"),
+    "Pretrain": ("A first training", "`[teacher.pretrain]`"),
+    "Inference": ("The teacher at work", "`[teacher.inference]`"),
+    "Schedule": ("A schedule", "wherever a weight or a temperature stands"),
+    "Fusion": ("Fusion", "`[fusion]`"),
+    "CacheBlock": ("Features kept on disk", "`[cache]`"),
+}
+"""Title and place of the blocks, in the order of the page; any other comes behind them under its own name."""
 KINDS = {
     "data": "dataset",
     "features": "features",
@@ -35,7 +37,7 @@ KINDS = {
     "scorer": "scorer",
 }
 """Keys that hold a plugin's block, and the kind of plugin."""
-ANCHORS = {model.__name__.lower(): title for model, title, _ in SECTIONS}
+ANCHORS = {name.lower(): title for name, (title, _) in PLACES.items()}
 
 
 def _slug(title: str) -> str:
@@ -69,17 +71,22 @@ def entries(model: type[BaseModel]) -> list[str]:
     return found
 
 
+def sections() -> list[type[BaseModel]]:
+    """Return every block, in the order of the page."""
+    found = [Schedule, *(one for one in vars(blocks).values() if isinstance(one, type) and issubclass(one, Written))]
+    order = list(PLACES)
+    return sorted(
+        (one for one in found if one is not Written),
+        key=lambda one: order.index(one.__name__) if one.__name__ in order else len(order),
+    )
+
+
 def write(file: Path) -> None:
     """Write the reference as a fragment of a page."""
     parts = []
-    for model, title, where in SECTIONS:
-        parts += [f"({_slug(title)})=\n### {title}\n\n{where}\n", *entries(model)]
-    missing = {name for name in vars(blocks) if _is_block(name)} - {model.__name__ for model, _, _ in SECTIONS}
-    if missing:
-        raise ExtensionError(f"{json.dumps(sorted(missing))} of kdlib.blocks are in no section.")
+    for model in sections():
+        title, place = PLACES.get(model.__name__, (model.__name__, ""))
+        said = (inspect.getdoc(model) or "").partition("\n\n")[0].replace("``", "`")
+        said = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", said)
+        parts += [f"({_slug(title)})=\n### {title}\n\n{said}{f' Place: {place}.' if place else ''}\n", *entries(model)]
     file.write_text("\n".join(parts), encoding="utf-8")
-
-
-def _is_block(name: str) -> bool:
-    value = getattr(blocks, name)
-    return isinstance(value, type) and issubclass(value, blocks.Written) and value is not blocks.Written

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from kdlib.batch import borrowed
 from kdlib.errors import BatchError, KdlibError
 from kdlib.interfaces import Batch, DataPart, Taps
 from kdlib.keyed import keyed
@@ -199,7 +200,8 @@ class Crd(nn.Module):
                 # All M products and then a choice: less to hold than B times N rows of the bank.
                 scores.append(torch.cat([positive, (anchor @ bank.mT).gather(1, negatives)], 1) / self.temperature)
             log_z = torch.stack([self._log_z(one) for one in scores])
-            self._keep(index, anchor_s, anchor_t, log_z)
+            if not borrowed(batch):
+                self._keep(index, anchor_s, anchor_t, log_z)
             scale = log_z.where(self.log_z.isinf(), self.log_z)
             constants = [{"log_z": z, "eps": EPS} if self.variant == "code" else {} for z in scale]
             of_student, of_teacher = (

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdlib.batch import call
+from kdlib.batch import borrowed, call
 from kdlib.errors import BatchError
 from kdlib.interfaces import Batch, Taps
 from kdlib.ranks import gathered
@@ -81,7 +81,7 @@ class ClassMeans(nn.Module):
     def forward(self, batch: Batch) -> Taps:
         """Return the soft label of each row's class as logits."""
         labels, epoch = self._numbers(batch), torch.as_tensor(batch["epoch"]).to(self.epoch.device)
-        if self.training:
+        if self.training and not borrowed(batch):
             self._last = {name: batch[name] for name in ("x", "y", "epoch")}
         # The first batch of an epoch comes before the first advance in it: the sums are complete, not yet the means.
         begins = ((epoch >= 0) & (epoch != self.epoch)).expand(len(labels))

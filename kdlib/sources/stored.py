@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -169,7 +170,7 @@ def open_stores(folder: Path) -> list[Store]:
     Raises:
         DataError: there is none, or one of something else, or a manifest is damaged.
     """
-    stores = [Store(path.parent) for path in sorted(folder.rglob(MANIFEST))]
+    stores = [Store(path.parent) for path in sorted(folder.rglob(MANIFEST))] if os.path.isdir(folder) else []
     if not stores:
         raise DataError(f"{folder}: there are no stored soft labels. Build them: kdlib store build RUN {folder}")
     for store in stores:

@@ -27,6 +27,8 @@ Bad = Literal["error", "skip"]
 
 SHOWN = 20
 """How many problems of a kind a report spells out; the others are counted."""
+LONGEST = 300
+"""Characters of a name in a report; no file's is as long."""
 FEW = 5
 """How many a warning spells out."""
 
@@ -183,7 +185,7 @@ def add_links_out(problems: Problems, root: Path, paths: Iterable[Path]) -> None
     for path in paths:
         if path.parent not in folders:
             folders[path.parent] = os.path.realpath(path.parent)
-        end = os.path.realpath(path) if path.is_symlink() else os.path.join(folders[path.parent], path.name)
+        end = os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[path.parent], path.name)
         if os.path.commonpath([real, end]) != real:
             detail = f"to {end}; data.links=true follows it"
             problems.add("link that leads out of the data set's folder", str(path.relative_to(root)), detail)
@@ -388,7 +390,8 @@ class Problems:
 
     def add(self, kind: str, item: str, detail: str) -> None:
         """Note one problem; of the same item only the first of a kind is kept, since folds repeat it."""
-        self._kinds.setdefault(kind, {}).setdefault(item, detail)
+        short = item if len(item) <= LONGEST else f"{item[:LONGEST]}..."
+        self._kinds.setdefault(kind, {}).setdefault(short, detail)
 
     def check(self, where: str | Path, parts: Callable[[], Any] = lambda: None) -> None:
         """Raise DataError with everything that was noted, numbered by kind, or do nothing where nothing was.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import Counter
@@ -183,8 +184,8 @@ def find_layout(root: Path) -> Path:
         DataError: there is none, or several lie in root.
     """
     root = root.absolute()
-    if not root.is_dir():
-        raise DataError(f"data.root: {'not a folder' if root.exists() else 'no such folder'}: {root}")
+    if not os.path.isdir(root):
+        raise DataError(f"data.root: {'not a folder' if os.path.exists(root) else 'no such folder'}: {root}")
     if _is_layout(root):
         return root
     below = sorted(path for path in root.iterdir() if path.is_dir() and _is_layout(path))
@@ -305,7 +306,7 @@ def _warn_of_shared_places(base: Path, chosen: Mapping[int, tuple[list[Clip], li
 
 
 def _there(base: Path, clips: list[Clip]) -> list[Clip]:
-    return [clip for clip in clips if (base / clip.id).is_file()]
+    return [clip for clip in clips if os.path.isfile(base / clip.id)]
 
 
 def _read_part(base: Path, path: Path, meta: dict[str, Clip], problems: Problems) -> dict[str, Clip]:
@@ -327,7 +328,7 @@ def _read_part(base: Path, path: Path, meta: dict[str, Clip], problems: Problems
             problems.add("clip without a class", name, where)
         elif label and label != clip.label:
             problems.add("class that disagrees with meta.csv", name, f"{clip.label!r} there, {label!r} {where}")
-        if not (base / name).is_file():
+        if not os.path.isfile(base / name):
             problems.add("listed file that is missing", name, where)
     if not clips:
         problems.add("part without clips", path.name, "no rows")

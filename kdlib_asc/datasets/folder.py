@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -88,8 +89,8 @@ def folder(
         parts = folder(root=Path("my_sounds"), rate=16000, channels=1, seconds=2.0, pad=True, crop=True)
     """
     root = root.absolute()
-    if not root.is_dir():
-        raise DataError(f"data.root: {'not a folder' if root.exists() else 'no such folder'}: {root}")
+    if not os.path.isdir(root):
+        raise DataError(f"data.root: {'not a folder' if os.path.exists(root) else 'no such folder'}: {root}")
     read = partial(
         read_audio,
         rate=rate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePath
@@ -53,7 +54,7 @@ class SyntheticScenes(SceneParts):
             DataError: the folder is not empty.
             KdlibError: it cannot be written, or soundfile is not installed.
         """
-        if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        if os.path.lexists(folder) and not (folder.is_dir() and next(folder.iterdir(), None) is None):
             raise DataError(f"{folder}: is there already and is no empty folder; name another one.")
         train = sorted(_clips(self.train) + (_clips(self.valid) if self.valid else []), key=_order)
         test = sorted(_clips(self.test), key=_order)

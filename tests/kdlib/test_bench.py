@@ -10,16 +10,21 @@ from kdlib.cli import main
 SMALL = Size(Net, 32, 16, warm=2, steps=8)
 
 
-def test_the_clock_counts_from_the_first_step_that_is_not_warming_up_to_the_last(monkeypatch):
-    now = 0.0
+@pytest.mark.parametrize("warm", [0, 2])
+@pytest.mark.parametrize("asks_for_more", [True, False])
+def test_the_clock_counts_the_steps_after_those_that_warm_up(monkeypatch, warm, asks_for_more):
+    now = 0
     monkeypatch.setattr(kdlib.bench.time, "process_time", lambda: now)
-    batches = Batches(["a", "b", "c", "d", "e"], warm=2)
-    seen = []
-    for batch in batches:
-        seen.append(batch)
-        now += 10.0 ** len(seen)
-    assert seen == ["a", "b", "c", "d", "e"]
-    assert batches.seconds == 10.0**3 + 10.0**4  # "c" and "d"; what follows the last batch may be anything
+    batches = Batches(["a", "b", "c", "d", "e"], warm)
+    steps = [1, 10, 100, 1000, 10000]
+    source = iter(batches)
+    for step, name in zip(steps, "abcde", strict=True):
+        assert next(source) == name
+        now += step
+    if asks_for_more:
+        assert next(source, None) is None
+    timed = steps[warm:] if asks_for_more else steps[warm:-1]  # a loop's end may be anything, if it does not say so
+    assert (batches.steps, batches.seconds) == (len(timed), sum(timed))
 
 
 def test_a_ratio_is_taken_round_by_round():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 from kdlib.cli import main
+from kdlib.errors import RankError
 from kdlib.recipe import find
 from kdlib.registry import registry
 from kdlib.schema import schema
@@ -238,6 +240,7 @@ def test_what_a_user_can_do_wrong_is_code_2_and_a_message(kdlib, arguments, word
     assert complaints.count("error: ") == 1
     assert words in complaints
     assert "Traceback" not in complaints
+    assert len(re.findall(r" \[errors\.html#\w+error\]$", complaints, flags=re.MULTILINE)) == 1
 
 
 @pytest.mark.parametrize("change", ["train.select=best", "train.device=nowhere"])
@@ -402,3 +405,38 @@ def test_the_recipes_are_listed_and_printed(kdlib, sites, monkeypatch):
         assert any(name in line and first in line for line in out.splitlines())
     code, out, _ = kdlib("recipes", "digits")
     assert (code, out) == (0, find("digits").read_text(encoding="utf-8"))
+
+
+# one of several processes
+
+
+@pytest.fixture
+def rank_1(monkeypatch):
+    """What torchrun tells the second of two processes, but for where the first is to be found."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+def test_another_rank_than_0_leaves_a_dry_run_to_it(kdlib, rank_1):
+    assert kdlib("run", "digits", "--dry-run") == (0, "", "")
+
+
+def test_errors_and_warnings_say_on_which_rank(kdlib, rank_1, monkeypatch):
+    code, _, errors = kdlib("run", "digit")
+    assert code == 2
+    assert errors.startswith("rank 1: error: No recipe named 'digit'")
+    warnings.showwarning("look", UserWarning, "file", 1)
+    monkeypatch.setattr("kdlib.run.run", lambda *_, **__: 1 / 0)
+    code, _, errors = kdlib("run", "digits")
+    assert code == 1
+    assert errors.startswith("rank 1: warning: look\nrank 1: Traceback")
+
+
+def test_what_rank_0_passes_on_is_not_said_again(kdlib, rank_1, monkeypatch):
+    def told(*_, **__):
+        raise RankError("rank 1: DataError: clip 7 is bad")
+
+    monkeypatch.setattr("kdlib.run.run", told)
+    assert kdlib("run", "digits") == (2, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert kdlib("run", "digits")[2].startswith("error: rank 1: DataError: clip 7 is bad")

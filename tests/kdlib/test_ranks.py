@@ -23,6 +23,11 @@ def failing(*which, error=DataError):
             raise error(f"clip {ranks.rank()} is bad")
 
 
+def failing_here(which):
+    if ranks.rank() == which:
+        raise ZeroDivisionError(f"clip {which} is bad")
+
+
 def on_rank_0_alone():
     if ranks.rank():
         raise AssertionError("called on another rank")
@@ -39,6 +44,12 @@ def counted():
     return [tensor.tolist() for tensor in tensors]
 
 
+def brought_level():
+    tensors = [torch.tensor([float(ranks.rank())]), torch.tensor([ranks.rank()]), torch.full((1, 2), ranks.rank() / 3)]
+    ranks.level(tensors)
+    return [tensor.tolist() for tensor in tensors]
+
+
 def work(environment, say):
     os.environ |= environment
     torch.set_num_threads(1)
@@ -52,6 +63,10 @@ def work(environment, say):
                 "none fails": caught(failing),
                 "once": ranks.once(on_rank_0_alone),
                 "once, refused": caught(lambda: ranks.once(refused)),
+                "alone": ranks.once(lambda: (ranks.rank(), ranks.world(), ranks.launched(), ranks.mapped(abs, [-7]))),
+                "mapped": ranks.mapped(lambda number: (number, ranks.rank()), range(7)),
+                "mapped, a fault": caught(lambda: ranks.mapped(lambda _: failing_here(1), range(3))),
+                "level": brought_level(),
                 "gathered": ranks.gathered(list("ab")[: ranks.rank()]),
                 "collected": [ranks.collected(ranks.dealt(range(number))) for number in (0, 1, 2, 3, 7)],
                 "split": [list(ranks.split(range(number))) for number in (0, 1, 2, 7)],
@@ -59,6 +74,18 @@ def work(environment, say):
             }
         )
     assert not ranks.grouped()
+
+
+def lost(environment, say):
+    os.environ |= environment
+    try:
+        with ranks.group():
+            if ranks.rank():
+                say(None)
+                os._exit(0)  # without a word to the others, as when it is killed
+            ranks.gathered([1])
+    except RankError as error:
+        say(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +118,25 @@ def test_once_is_done_on_rank_0_and_known_to_all(found):
         ("DataError", "disk full"),
         *[("RankError", "rank 0: DataError: disk full")] * 2,
     ]
+
+
+def test_inside_of_once_rank_0_is_a_job_of_its_own(found):
+    assert [one["alone"] for one in found] == [(0, 1, (0, 3), [7])] * 3
+
+
+def test_a_rank_that_is_gone_is_an_error_for_the_others(launch):
+    told, _ = launch(lost, 2)
+    assert told.startswith("rank 0: another process of the job is gone.")
+
+
+def test_what_is_mapped_is_computed_once_and_comes_back_in_order(found):
+    assert [one["mapped"] for one in found] == [[(number, number % 3) for number in range(7)]] * 3
+    told = ("RankError", "rank 1: ZeroDivisionError: clip 1 is bad")
+    assert [one["mapped, a fault"] for one in found] == [told, ("ZeroDivisionError", "clip 1 is bad"), told]
+
+
+def test_tensors_are_brought_level_with_those_of_rank_0(found):
+    assert [one["level"] for one in found] == [[[0.0], [0], [[0.0, 0.0]]]] * 3
 
 
 def test_what_was_dealt_comes_back_in_order_on_every_rank(found):

@@ -14,7 +14,7 @@ from kdlib.digits import digits
 from kdlib.files import write_sums
 from kdlib.recipe import read
 from kdlib.registry import registry
-from kdlib.run import run
+from kdlib.run import LARGEST, run
 
 DIGITS = {
     "name": "few",
@@ -277,13 +277,31 @@ def test_a_missing_or_damaged_file_is_named(copied, name):
     assert path.name in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["recipe.json", "result.json", "SHA256SUMS"])
+def test_any_bit_of_a_runs_own_files_that_is_turned_and_any_end_that_is_lost_is_noticed(copied, name):
+    path = copied / name
+    good = path.read_bytes()
+    draw = np.random.default_rng(0)
+    bad = [good[: len(good) * percent // 100] for percent in range(0, 100, 10)]
+    for bit in draw.choice(8 * len(good), 60, replace=False).tolist():
+        turned = bytearray(good)
+        turned[bit // 8] ^= 1 << bit % 8
+        bad.append(bytes(turned))
+    for data in bad:
+        path.write_bytes(data)
+        with pytest.raises(kdlib.KdlibError, match="SHA256SUMS"):
+            kdlib.load_run(copied)
+    path.write_bytes(good)
+    kdlib.load_run(copied)
+
+
 def test_weights_of_another_shape_are_named(copied, folders, tmp_path):
     recipe = json.loads((copied / "recipe.json").read_text())
     recipe["systems"]["main"]["student"]["model"]["width"] = 13
     (copied / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(kdlib.KdlibError, match=r"recipe\.json: damaged, or changed by hand"):
         kdlib.load_run(copied)
-    write_sums(copied, ("recipe.json", "result.json"))
+    write_sums(copied, LARGEST)
     with pytest.raises(kdlib.KdlibError, match=r"student\.safetensors"):
         kdlib.load_run(copied)
 

@@ -302,3 +302,17 @@ def test_a_recipe_that_the_reader_takes_fits(whole, place, value):
         table = table[key]
     table[last] = value
     assert fits(recipe, whole, whole)
+
+
+def test_every_key_and_setting_that_ships_is_described():
+    found = schema()
+    blocks = {name: one for name, one in found["$defs"].items() if "-" not in name and "properties" in one}
+    del blocks["Schedule"]  # its fields are told by its docstring
+    plugins = {f"{one.kind}-{one.name}": one.settings.model_fields for one in registry().plugins()}
+    for name, block in blocks.items():
+        for key, one in block["properties"].items():
+            reference = "$ref" in one or "$ref" in str(one.get("additionalProperties"))  # what it leads to is described
+            assert reference or one["description"], (name, key)
+    for name, settings in plugins.items():
+        for key in settings:
+            assert found["$defs"][name]["properties"][key]["description"], (name, key)

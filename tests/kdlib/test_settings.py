@@ -13,7 +13,7 @@ from torch import nn
 
 import kdlib
 from kdlib.blocks import RecipeBlock
-from kdlib.settings import LIVE, CommandLineText, read_signature, validated
+from kdlib.settings import LIVE, CommandLineText, arguments_in, read_signature, validated
 
 
 def model_of(build, kind="source"):
@@ -333,3 +333,26 @@ def test_nothing_of_torch_is_touched():
     before = torch.get_rng_state()
     model_of(bounded)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_arguments_of_a_docstring_explain_settings():
+    def build(*, width: int = 1, depth: int = 2) -> None:
+        """A thing.
+
+        Args:
+            width: how wide,
+                in units.
+            depth: how deep (from 1): no more.
+
+        Raises:
+            height: never.
+        """
+
+    _, settings = read_signature("model", "thing", build)
+    said = {name: field.description for name, field in settings.model_fields.items()}
+    assert said == {"width": "how wide, in units.", "depth": "how deep (from 1): no more."}
+
+
+@pytest.mark.parametrize("docstring", ["", "No arguments.", "Args:", "Args:\n", "Arguments:\n    width: how wide."])
+def test_a_docstring_without_arguments_explains_nothing(docstring):
+    assert arguments_in(docstring) == {}

@@ -1,0 +1,151 @@
+"""Ratios that are measured in alternation, by pytest-benchmark, and kept in a file as soon as each is there.
+
+    OMP_NUM_THREADS=1 pytest tests/bench --figures docs/results/benchmarks.json
+
+The table is written beside the file. Figures that are in the file and are not measured now stay as they are, so a run
+that was stopped goes on with ``-k``. No test here fails on a time.
+"""
+
+import gc
+import itertools
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdlib.bench import Ratio
+
+ROUNDS = 9
+ORDER = (
+    "tiny",
+    "spectrogram",
+    "stored",
+    "epoch",
+    "1 draws",
+    "16 draws",
+    "log-mel",
+    "cached",
+    "store",
+    "import",
+    "wait",
+)
+"""Of the table, by what a figure's name begins with."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--figures", type=Path, help="the JSON file that the figures are put in")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def keep(request):
+    """Return a function that puts a figure into the file, under a name."""
+
+    def kept(name, **figure):
+        print(f"\n{name}: {figure}")
+        path = request.config.getoption("figures")
+        if path is None:
+            return
+        figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        figures[name] = {**figure, "machine": machine()}
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(table(figures), encoding="utf-8")
+
+    return kept
+
+
+@pytest.fixture
+def compare(benchmark, keep):
+    """Return a function that measures parts in turn and keeps the ratio of each of ours to each of the others.
+
+    A part is a function without arguments; where it returns a number, that is its time, else the process time of the
+    call is. With ``cheaper`` the ratio is turned round: how many times our time the others' is.
+    """
+
+    def compared(name, what, ours, others, *, rounds=ROUNDS, cheaper=False, unit=1.0, checked=None):
+        parts = {**ours, **others}
+        times = {part: [] for part in parts}
+
+        def timed(part):
+            started = time.process_time()
+            taken = parts[part]()
+            taken = time.process_time() - started if taken is None else taken
+            times[part].append(taken)
+
+        first, *rest = parts
+
+        def before():
+            gc.collect()
+            for part in rest:
+                timed(part)
+
+        benchmark.pedantic(timed, args=(first,), setup=before, rounds=rounds + 1)
+        counted = {part: [taken * unit for taken in all_[1:]] for part, all_ in times.items()}
+        for one, other in itertools.product(ours, others):
+            ratio = Ratio.of(counted[other], counted[one]) if cheaper else Ratio.of(counted[one], counted[other])
+            benchmark.extra_info[f"{one} / {other}"] = str(ratio)
+            keep(
+                f"{name}: {one} / {other}",
+                what=what,
+                ours=one,
+                beside=other,
+                ratio=list(ratio),
+                cheaper=cheaper,
+                rounds=rounds,
+                seconds=[statistics.median(counted[one]), statistics.median(counted[other])],
+                checked=checked(other) if checked else "",
+            )
+
+    return compared
+
+
+def machine():
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    wide = ", AVX-512" if "avx512f" in flags else ""
+    cores = f"{len(names)} cores of {names[0]}{wide}" if names else platform.machine()
+    return f"{cores}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def table(figures):
+    """Return the figures as a page: what is measured in turn first, then what stands by itself."""
+    figures = dict(sorted(figures.items(), key=lambda item: place(item[0])))
+    lines = ["| what | beside | ratio | least to largest | rounds | checked |", "|---|---|---:|---:|---:|---|"]
+    for figure in figures.values():
+        if "ratio" not in figure:
+            continue
+        median, least, largest = (f"{value:.3g}" if value >= 10 else f"{value:.3f}" for value in figure["ratio"])
+        times = " times cheaper" if figure["cheaper"] else ""
+        ours, theirs = (readable(seconds) for seconds in figure["seconds"])
+        lines.append(
+            f"| {figure['what']}: {figure['ours']} ({ours}) | {figure['beside']} ({theirs}) | **{median}**{times} | "
+            f"{least} to {largest} | {figure['rounds']} | {figure['checked']} |"
+        )
+    single = [figure for figure in figures.values() if "value" in figure]
+    if single:
+        lines += ["", "| what | measured |", "|---|---|"]
+        lines += [f"| {figure['what']} | {figure['value']} |" for figure in single]
+    machines = " / ".join(dict.fromkeys(figure["machine"] for figure in figures.values()))
+    return "\n".join([*lines, "", f"Measured on {machines}.", ""])
+
+
+def place(name):
+    return next(number for number, begin in enumerate(ORDER) if name.startswith(begin)), name
+
+
+def readable(seconds):
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
