@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdlib.blocks import CacheBlock, Inference
+from kdlib.blocks import CacheBlock
 from kdlib.cache import Cache
 from kdlib.errors import KdlibError, RecipeError
 from kdlib.files import read_tensors
@@ -42,9 +42,11 @@ def make_model(part: Part, facts: Mapping[str, Any], seed: int, *key: str) -> nn
     return model
 
 
-def make_teacher(model: nn.Module, how: Inference, classes: Sequence[str] | None = None) -> Frozen:
+def make_teacher(model: nn.Module, system: System, classes: Sequence[str] | None = None) -> Frozen:
     """Make a teacher of a trained network, which runs as the recipe says."""
-    return freeze(model, dtype=DTYPES[how.precision], layout=how.layout, compile=how.compile, classes=classes)
+    how = system.inference
+    layout = how.layout or system.student.train.layout
+    return freeze(model, dtype=DTYPES[how.precision], layout=layout, compile=how.compile, classes=classes)
 
 
 def make_features(part: Part, facts: Mapping[str, Any]) -> Any:

@@ -73,7 +73,7 @@ def built(
         trained = make_model(system.teacher.model, facts, system.teacher.train.seed, name, "teacher")
         if system.weights is not None:
             load_weights(trained, system.weights, parts.classes)
-        teacher = make_teacher(trained, system.inference)
+        teacher = make_teacher(trained, system)
         source = make_source(system, teacher, student, train)
         distiller = Distiller(student, source, **make_points(system, teacher, student, train))
         if isinstance(source, Stored) and isinstance(some, Few):

@@ -289,7 +289,7 @@ def store_run(
         teacher = make_model(own.teacher.model, result["facts"], own.teacher.train.seed)
         load_weights(teacher, place_of(run, fold, name) / "teacher.safetensors", parts.classes)
         training, *validation = _parts(own, recipe, parts, place_of(run, fold, name))
-        frozen = make_teacher(teacher, own.inference, parts.classes)
+        frozen = make_teacher(teacher, own, parts.classes)
         source = make_source(own, frozen, None, training) or SameInput(frozen)
         for what, part, drawn in (("training", training, views), *(("validation", one, 0) for one in validation)):
             stores.append(

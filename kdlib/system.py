@@ -192,7 +192,7 @@ def _students(
 ) -> tuple[dict[str, nn.Module], Any]:
     """Train the control and the student, and return them with the student's source."""
     system, roles = job.system, {}
-    teacher = make_teacher(copy.deepcopy(trained), system.inference)
+    teacher = make_teacher(copy.deepcopy(trained), system)
     student = start
     if system.cross_fit is None:  # before the control: what is refused here is refused before it is trained
         source = make_source(system, teacher, student, train)
@@ -215,7 +215,7 @@ def _cross_fitted(job: Job, parts: int, student: nn.Module, train: DataPart, val
     for part in range(parts):
         rest = Rows(train, np.flatnonzero(folds != part))
         teacher = _teacher(job, rest, valid, f"teacher-without-{part}")
-        sources.append(make_source(system, make_teacher(teacher, system.inference), student, train))
+        sources.append(make_source(system, make_teacher(teacher, system), student, train))
     return CrossFit(sources, train, seed=seed)
 
 

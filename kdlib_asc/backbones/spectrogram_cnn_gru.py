@@ -92,7 +92,7 @@ class SpectrogramCNNGRU(nn.Module):
         multiple: round channels and the GRU's size to multiples of this (ours): with 32 Table 3's 30, 60, 120 and 240
             channels are 32, 64, 128 and 256, whose sums fill a processor's registers.
         checkpoint_activations: in training keep only what goes into each row from conv1 to res4 and compute the rest
-            again in the backward: about 0.6 of the memory for 1.2 to 1.4 times the time, and the same results.
+            again in the backward: less memory, more time, and the same results.
 
     Raises:
         BatchError: the input has another number of axes or channels, or an empty axis.
