@@ -311,6 +311,26 @@ def bench_command(
     console.print(table)
 
 
+@app.command("doctor")
+def doctor_command(
+    folder: Annotated[Path, typer.Option(help="Where a cache of features would lie.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="The machine, for programs.")] = False,
+) -> None:
+    """Say what this machine has for training, and what to do to make it faster: one line each to copy."""
+    from kdlib.doctor import advise, describe
+
+    machine = describe(folder)
+    if as_json:
+        typer.echo(json.dumps(machine, indent=2))
+        return
+    found = advise(machine)
+    width = max(len(one.about) for one in found)
+    for one in found:
+        _print(f"{one.about:{width}}  {one.found}")
+        if one.why:
+            _print(f"{'':{width}}  {one.why}:\n{'':{width}}  {one.line}")
+
+
 @app.command("new-plugin")
 def new_plugin_command(
     name: Annotated[str, typer.Argument(help="The package's name, for example kdlib-my-loss.")],

@@ -32,7 +32,8 @@ def ddp(distiller: Distiller, batch: Batch, *, static_graph: bool = False, **set
 
     Make the optimizer from ``distiller.parameters()`` afterwards, call the wrapper for the losses, and
     ``distiller.advance()`` after each step. DDP's mean over ranks is the gradient of the mean over all rows where each
-    rank's loss is multiplied by world · its rows / all rows. :func:`kdlib.fit` does all this by itself.
+    rank's loss is multiplied by world · its rows / all rows, which :class:`kdlib.Loader` calls ``share`` in the batches
+    of ``shards="rows"``. :func:`kdlib.fit` does all this by itself.
 
     Drop the wrapper, with what else refers to it, and call ``gc.collect()`` before ``destroy_process_group()``: it sits
     in a reference cycle, and gloo may abort a process that ends with it.

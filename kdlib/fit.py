@@ -31,6 +31,7 @@ from kdlib.made_of import made_of
 from kdlib.place import PRECISIONS, Place, device_of, threads_set
 from kdlib.progress import track
 from kdlib.signals import heard
+from kdlib.taps import teachers_in
 from kdlib.training import Choice, History, Training, kept_in_eval, samples_of, to_train_mode
 from kdlib.worth import Hits, described, hits
 
@@ -259,13 +260,20 @@ def _prepare(distiller: Distiller, part: Any, batch: int, place: Place, seed: in
 def _wrapped(distiller: Distiller, batch: Batch, place: Place) -> nn.Module:
     """Return the distiller, or of several ranks DDP around it.
 
-    Buffers are not DDP's business: they are brought level after each step, the banks of points by ``advance``.
+    Buffers are not DDP's business: they are brought level after each step, the banks of points by ``advance``. After
+    its first backward DDP puts gradients together in another order, and three or more ranks then add them up in another
+    one. So there is a dry one here: a training that goes on would otherwise take its first step unlike the others.
     """
     if ranks.world() == 1:
         return distiller
     with place.autocast():
         wrapped = ddp(distiller, batch)
     wrapped.broadcast_buffers = False  # the argument of this name is deprecated, and its heir is new
+    with untouched(distiller, *(teacher.model for teacher in teachers_in(distiller.source))):
+        distiller.train()
+        with place.autocast():
+            total = wrapped(batch).total
+        total.backward()
     return wrapped
 
 

@@ -46,9 +46,9 @@ def world() -> int:
 
 
 def launched() -> tuple[int, int]:
-    """Return rank and world as the process group has them, or else as torchrun set them in the environment."""
-    if grouped() or _alone.get():
-        return rank(), world()
+    """Return rank and world of the job, inside of :func:`once` too, and where torchrun's group was not entered."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 

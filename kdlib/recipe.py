@@ -349,13 +349,14 @@ def _system(block: SystemBlock, at: str, train: Block, base: Path) -> System:
         written = _changed(block.model, role.model)
         if written is None:
             raise RecipeError(f"{place}.model: required, and not given (nor {at}model for both).")
+        own = _part("model", written, f"{place}.model", base)  # first: its slips are its own
         before = None
         if pretrain is not None and first is not None:
             model = _part("model", {**written, **pretrain.model}, f"{at}teacher.pretrain.model", base)
             before = (model, first)
         merged = _over(train, _changes(role.train, f"{place}.train", base))
         return Network(
-            model=_part("model", written, f"{place}.model", base),
+            model=own,
             train=validated(Train, merged, f"{at}train", base),
             pretrain=before,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from kdlib.errors import KdlibError, RecipeError
-from kdlib.files import make_folder, read_tensors, remove_left_over, write_json, write_tensors
+from kdlib.files import (
+    make_folder,
+    parse_json,
+    read_bounded,
+    read_tensors,
+    remove_left_over,
+    write_json,
+    write_tensors,
+)
 from kdlib.fusion import Scores
 from kdlib.interfaces import DataParts
 from kdlib.made_of import data_made_of, plain, refusal, surroundings
@@ -75,7 +83,7 @@ class Keeping:
 
 def finished(folder: Path) -> bool:
     """Return whether a run has come to its end."""
-    return (folder / "result.json").exists() and not (folder / UNFINISHED).exists()
+    return os.path.exists(folder / "result.json") and not (folder / UNFINISHED).exists()
 
 
 def begin(folder: Path, recipe: Recipe, folds: Mapping[str, DataParts]) -> None:
@@ -134,7 +142,7 @@ def run_made_of(recipe: Recipe, folds: Mapping[str, DataParts]) -> dict[str, Any
         for name, parts in folds.items()
     }
     files = [path for system in recipe.systems.values() for path in (system.weights, system.start)]
-    weights = {str(path): _digest(path) for path in files if isinstance(path, Path) and path.is_file()}
+    weights = {str(path): _digest(path) for path in files if isinstance(path, Path) and os.path.isfile(path)}
     around = surroundings()
     around["versions"] |= versions("scikit-learn", "soundfile")
     made_of = {"recipe": _comparable(recipe.dump()), "data": data, "weights": weights, **around}
@@ -159,12 +167,10 @@ def _digest(path: Path) -> str:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / MADE_OF
     try:
-        if not (folder / "recipe.json").is_file():
+        if not os.path.isfile(folder / "recipe.json"):
             raise KdlibError(f"{folder}: there is no run to resume; it has no recipe.json.")
-        if path.stat().st_size > LARGEST:
-            raise KdlibError(f"{path}: is larger than {LARGEST:,} bytes.")
-        stated = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        stated = parse_json(read_bounded(path, LARGEST))
+    except ValueError as error:
         raise KdlibError(f"{path}: cannot be read, so that this run cannot be resumed: {error}.") from None
     if not isinstance(stated, dict) or not {"made_of", "resumed", "forced"} <= stated.keys():
         raise KdlibError(f"{path}: is not what a run is made of, so that this run cannot be resumed.")

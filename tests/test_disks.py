@@ -159,7 +159,7 @@ WRITES = [
     (csv, "metrics.csv", 1 << 20),
     (jsonl, "metrics.jsonl", 1 << 20),
     (teacher, "teacher.json", 40),
-    (recipe, "run/recipe.json", 40),
+    (recipe, "run/made_of.json", 40),
 ]
 """Who writes what, and the bytes that a file may have when much is written."""
 
@@ -237,7 +237,7 @@ def test_networks_that_will_not_fit_are_refused_before_they_are_trained(small):
     wide = {**RECIPE, "model": {"kind": "digits_mlp", "width": 1000}}
     with pytest.raises(kdlib.KdlibError, match=r"main: 300,040 bytes will be written, and [\d,]+ are free there"):
         run(read(wide), small / "run", progress=False)
-    assert [path.name for path in contents(small)] == ["recipe.json"]
+    assert [path.name for path in contents(small)] == ["made_of.json", "recipe.json"]
 
 
 def test_on_a_full_disk_a_shard_is_named_and_earlier_ones_can_be_read(small):

@@ -20,6 +20,20 @@ import torch
 from kdlib.bench import Ratio
 
 ROUNDS = 9
+ORDER = (
+    "tiny",
+    "spectrogram",
+    "stored",
+    "epoch",
+    "1 draws",
+    "16 draws",
+    "log-mel",
+    "cached",
+    "store",
+    "import",
+    "wait",
+)
+"""Of the table, by what a figure's name begins with."""
 
 
 def pytest_addoption(parser):
@@ -106,6 +120,7 @@ def machine():
 
 def table(figures):
     """Return the figures as a page: what is measured in turn first, then what stands by itself."""
+    figures = dict(sorted(figures.items(), key=lambda item: place(item[0])))
     lines = ["| what | beside | ratio | least to largest | rounds | checked |", "|---|---|---:|---:|---:|---|"]
     for figure in figures.values():
         if "ratio" not in figure:
@@ -123,6 +138,10 @@ def table(figures):
         lines += [f"| {figure['what']} | {figure['value']} |" for figure in single]
     machines = " / ".join(dict.fromkeys(figure["machine"] for figure in figures.values()))
     return "\n".join([*lines, "", f"Measured on {machines}.", ""])
+
+
+def place(name):
+    return next(number for number, begin in enumerate(ORDER) if name.startswith(begin)), name
 
 
 def readable(seconds):

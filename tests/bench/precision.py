@@ -2,9 +2,10 @@
 
     python tests/bench/precision.py docs/results/precision.jsonl
 
-Times are process time on one thread, batch 8, and the ways of one figure take turns in one process: each repeat is a
-line of the file, and what is there is not measured again, so a run that was stopped goes on where it was. Memory is the
-peak of a process of its own. At the end the table is written beside the file (precision.md), of what there is.
+Times are process time on one thread, batch 8. The ways of one figure take turns in one process, which is new for each
+figure and each allocator: what a large tensor costs depends on what the process freed before. Each repeat is a line of
+the file, and what is there is not measured again, so a run that was stopped goes on where it was. Memory is the peak of
+a process of its own. At the end the table is written beside the file (precision.md), of what there is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -215,13 +215,8 @@ def peak(kind: str, way: str, out: str) -> None:
     for _ in range(3):
         step()
     torch.save(model.state_dict(), out)
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
-def allocated(kind: str) -> None:
-    """Print the median seconds of a tuned training step, with whatever allocator this process has."""
-    step = training(*laid_out(network(kind), clips(kind)), bf16=True)
-    print(statistics.median([timed(step) for _ in range(5)][2:]))
+    status = Path("/proc/self/status").read_text(encoding="ascii")  # getrusage would tell of the parent, too
+    print(1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))))
 
 
 FIGURES: dict[str, Callable[[], Ways]] = {
@@ -235,9 +230,10 @@ CHECKPOINTS = ", checkpoint_activations"
 PEAKS = [way + more for way in ("fp32", "bf16") for more in ("", CHECKPOINTS)]
 ALLOCATORS = {
     "glibc": {},
-    "glibc, thresholds of 1 GiB": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)},
+    "thresholds": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)},
     "tcmalloc": {"LD_PRELOAD": "libtcmalloc_minimal.so.4"},
 }
+"""The thresholds are those from which on glibc gives a block back at once."""
 
 
 def timed(way: Callable[[], object]) -> float:
@@ -262,41 +258,56 @@ def found(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def having(path: Path, **keys: Any) -> list[dict[str, Any]]:
+    """Return the records with these values."""
+    return [record for record in found(path) if all(record.get(key) == value for key, value in keys.items())]
+
+
+def note(path: Path, **record: Any) -> None:
+    """Add a record."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def turns(path: Path, figure: str, allocator: str) -> None:
+    """Measure what is missing of a figure, with the allocator that this process has."""
+    done = len(having(path, figure=figure, allocator=allocator))
+    ways = FIGURES[figure]()
+    for repeat in range(done - 1, REPEATS):
+        seconds = {name: timed(way) for name, way in ways.items()}
+        if repeat >= done:  # the one before warms up
+            note(path, figure=figure, allocator=allocator, repeat=repeat, seconds=seconds)
+
+
 def measure(path: Path) -> None:
     """Measure what is missing."""
-
-    def there(**keys: Any) -> list[dict[str, Any]]:
-        return [record for record in found(path) if all(record.get(key) == value for key, value in keys.items())]
-
-    def note(**record: Any) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        print(record, flush=True)
-
-    if not there(figure="raw, outputs"):
+    if not having(path, figure="raw, outputs"):
         bare, ours, x = bare_like(network("raw")), network("raw"), clips("raw")
+        gaps = {}
         with torch.no_grad():
-            gaps = [float((bare(x)[name] - tap).abs().max()) for name, tap in ours(x).items()]
-        note(figure="raw, outputs", difference=max(gaps))
-    for figure, build in FIGURES.items():
-        done = len(there(figure=figure))
-        ways = build() if done < REPEATS else {}
-        for repeat in range(done - 1, REPEATS) if ways else ():
-            seconds = {name: timed(way) for name, way in ways.items()}
-            if repeat >= done:  # the one before warms up
-                note(figure=figure, repeat=repeat, seconds=seconds)
-    for kind in ("spectrogram", "raw"):
-        for repeat in range(REPEATS):
-            if not there(figure=f"{kind}, allocator", repeat=repeat):
-                seconds = {name: float(child("--step", kind, **more)) for name, more in ALLOCATORS.items()}
-                note(figure=f"{kind}, allocator", repeat=repeat, seconds=seconds)
+            for mode in ("training", "eval"):  # in this order: the first sets the running statistics
+                pairs = list(
+                    zip(
+                        bare.train(mode == "training")(x).items(),
+                        ours.train(mode == "training")(x).values(),
+                        strict=True,
+                    )
+                )
+                gaps[mode] = max(float((tap - other).abs().max() / tap.abs().max()) for (_, tap), other in pairs)
+        note(path, figure="raw, outputs", **gaps)
+    for figure in FIGURES:
+        for allocator, variables in ALLOCATORS.items():
+            wanted = "training" in figure or allocator != "tcmalloc"
+            if wanted and len(having(path, figure=figure, allocator=allocator)) < REPEATS:
+                child("--figure", str(path), figure, allocator, **variables)
+                print(figure, allocator, flush=True)
     for kind in ("spectrogram", "raw"):
         with tempfile.TemporaryDirectory() as folder:
             for way in PEAKS:
-                if not there(figure=f"{kind}, peak", way=way):
+                if not having(path, figure=f"{kind}, peak", way=way):
                     size = int(child("--peak", kind, way, f"{folder}/{way}"))
                     gap = apart(Path(folder, way), Path(folder, way.removesuffix(CHECKPOINTS)))
-                    note(figure=f"{kind}, peak", way=way, bytes=size, difference=gap)
+                    note(path, figure=f"{kind}, peak", way=way, bytes=size, difference=gap)
 
 
 def apart(one: Path, other: Path) -> float | None:
@@ -308,16 +319,31 @@ def apart(one: Path, other: Path) -> float | None:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Return the ratios to each figure's first way, median and range over repeats, and the peaks."""
-    lines = ["| what | way | seconds | ratio, median (range) |", "|---|---|---:|---:|"]
-    for figure in dict.fromkeys(record["figure"] for record in records if "seconds" in record):
-        repeats = [record["seconds"] for record in records if record["figure"] == figure]
-        first = next(iter(repeats[0]))
-        for way in repeats[0]:
-            seconds = statistics.median(one[way] for one in repeats)
-            ratios = sorted(one[way] / one[first] for one in repeats)
-            spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            lines.append(f"| {figure} | {way} | {seconds:.3f} | {1 if way == first else spread} |")
+    """Return seconds and ratios to each figure's first way, median and range over repeats, and the peaks."""
+    lines = [
+        "| what | way | glibc, s | ratio (range) | thresholds, s | ratio (range) |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for figure in FIGURES:
+        by = {
+            name: [one["seconds"] for one in records if one.get("allocator") == name and one["figure"] == figure]
+            for name in ("glibc", "thresholds")
+        }
+        for way in by["glibc"][0] if all(by.values()) else ():
+            cells = []
+            for repeats in by.values():
+                first = next(iter(repeats[0]))
+                ratios = sorted(one[way] / one[first] for one in repeats)
+                spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                cells += [f"{statistics.median(one[way] for one in repeats):.3f}", "1" if way == first else spread]
+            lines.append(f"| {figure} | {way} | {' | '.join(cells)} |")
+    lines += ["", "| a step | glibc, s | thresholds | tcmalloc |", "|---|---:|---:|---:|"]
+    for figure in FIGURES:
+        medians = {name: taken for name in ALLOCATORS if (taken := typical(records, figure, name))}
+        for way in medians["glibc"] if len(medians) == len(ALLOCATORS) else ():
+            plain = medians["glibc"][way]
+            others = " | ".join(f"{medians[name][way] / plain:.2f}" for name in ("thresholds", "tcmalloc"))
+            lines.append(f"| {figure}, {way} | {plain:.3f} | {others} |")
     lines += [
         "",
         "| network, 40 clips | way | peak, GB | ratio | from the plain run after 3 steps |",
@@ -333,19 +359,27 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def typical(records: list[dict[str, Any]], figure: str, allocator: str) -> dict[str, float]:
+    """Return the median seconds of each way."""
+    repeats = [one["seconds"] for one in records if one["figure"] == figure and one.get("allocator") == allocator]
+    return {way: statistics.median(one[way] for one in repeats) for way in (repeats[0] if repeats else ())}
+
+
 def write(path: Path) -> None:
     """Write the tables of what there is beside the file."""
     records = found(path)
-    gap = next(record["difference"] for record in records if record["figure"] == "raw, outputs")
-    note = (
+    gap = next(record for record in records if record["figure"] == "raw, outputs")
+    text = (
         f"Width 1, clips of 10 s at 48 kHz, 8 a batch; process time on one thread, {REPEATS} repeats in which the ways "
-        "of a figure take turns; a ratio is taken within its repeat. Training: hard labels, Adam. A process of its own "
-        "for each allocator and each peak; a peak is all that the process holds, and there bf16 of the spectrogram is "
-        "in channels_last. Conv1d is the same network in torch's own layers, whose outputs in fp32 differ by "
-        f"{gap:.1g} from ours at most. {machine()}.\n\n"
+        "of a figure take turns; a ratio is taken within its repeat. Thresholds: glibc with MALLOC_MMAP_THRESHOLD_ and "
+        "MALLOC_TRIM_THRESHOLD_ of 1 GiB. Training: hard labels, Adam; under a teacher: hidden_mse, the student in "
+        "bf16, channels_last. A peak is all that a process holds that takes three steps with 40 clips, there bf16 of the "
+        "spectrogram is in channels_last. Conv1d is the same network in torch's own layers; in fp32 its outputs differ "
+        f"from ours by {gap['eval']:.1g} of the largest value in eval mode, {gap['training']:.1g} in training. "
+        f"{machine()}.\n\n"
         "`python tests/bench/precision.py docs/results/precision.jsonl` makes this page, and goes on where it stopped."
     )
-    path.with_suffix(".md").write_text(f"{table(records)}\n\n{note}\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(f"{table(records)}\n\n{text}\n", encoding="utf-8")
 
 
 def machine() -> str:
@@ -365,8 +399,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["--peak", kind, way, out]:
             peak(kind, way, out)
-        case ["--step", kind]:
-            allocated(kind)
+        case ["--figure", name, figure, allocator]:
+            turns(Path(name), figure, allocator)
         case [name]:
             measure(Path(name))
             write(Path(name))

@@ -12,6 +12,7 @@ from kdlib_asc.sources import MultiSegment
 pytestmark = pytest.mark.timeout(3600)
 NETWORKS = {"spectrogram": (SpectrogramCNNGRU, (2, 249, 256), -2), "raw": (WaveCNN, (2, 479_999), -1)}
 CLIPS, BATCH, PAIRS, DRAWS = 16, 8, 2, 16
+ROUNDS = 5
 
 
 class Batches(DataLoader):
@@ -48,7 +49,7 @@ def test_an_epoch_with_reused_frames_beside_the_student_alone(compare, name, seg
     ours = Trained(distilled, source, student, Epochs(source.dataset(part)), 0)
     what = f"an epoch, {name} network"
     title = f"teacher of {segments} segments, frames kept"
-    compare(f"epoch, {name}", what, {title: ours}, {"student alone, by hand": alone})
+    compare(f"epoch, {name}", what, {title: ours}, {"student alone, by hand": alone}, rounds=ROUNDS)
 
 
 @pytest.mark.parametrize("join", ["exact", "frames"])
@@ -68,10 +69,15 @@ def test_teaching_pairs_beside_running_the_network_over_them(compare, name, draw
     kept, (whole, whole_batch) = made(join), made("input")
 
     def off(_):
-        wanted, found = whole(whole_batch), kept[0](kept[1])
-        worst = max(float((found[tap] - wanted[tap]).abs().max() / wanted[tap].abs().max()) for tap in wanted)
-        assert worst <= 1e-6
-        return f"{worst:.1g} of the largest value from the network over the pair"
+        """Compare frames, not logits: an untrained GRU has forgotten the junction at its last step."""
+        source, batch = kept
+        wanted = teacher.encode(torch.cat([whole_batch["base"], whole_batch["partners"][:, 0]], dim=axis))
+        mended = source._mended(batch["frames"], batch["windows"])
+        near, far = (
+            float((x - wanted).abs().max() / wanted.abs().max()) for x in (mended, batch["frames"].flatten(1, 2))
+        )
+        assert near <= 1e-6 < far
+        return f"frames within {near:.1g} of the pair's, of the largest; those of each alone {far:.1g}"
 
     def by_reuse():
         if draws > 1:
@@ -85,6 +91,6 @@ def test_teaching_pairs_beside_running_the_network_over_them(compare, name, draw
 
     what = f"{PAIRS} pairs of 10 s, {name} network" if draws == 1 else f"{draws} draws of partners, {name} network"
     ours = f'join="{join}"' if draws == 1 else f'encoding and join="{join}"'
-    checked = off if join == "exact" else None
+    checked = off if (draws, join) == (1, "exact") else None
     name = f"{draws} draws, {name}"
-    compare(name, what, {ours: by_reuse}, {"the whole pairs": by_joining}, cheaper=True, checked=checked)
+    compare(name, what, {ours: by_reuse}, {"the whole pairs": by_joining}, cheaper=True, rounds=ROUNDS, checked=checked)

@@ -283,6 +283,13 @@ def test_a_file_that_is_not_there_is_refused_with_its_name(tmp_path, kind):
         READERS[kind](tmp_path)
 
 
+def test_notes_that_are_deep_are_text(tmp_path):
+    import safetensors.torch
+
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "file", metadata={"classes": "[" * 100_000})
+    assert read_tensors(tmp_path / "file")[1] == {"classes": "[" * 100_000}
+
+
 class Trap:
     """Unpickled, it makes a file."""
 

@@ -121,7 +121,7 @@ def test_once_is_done_on_rank_0_and_known_to_all(found):
 
 
 def test_inside_of_once_rank_0_is_a_job_of_its_own(found):
-    assert [one["alone"] for one in found] == [(0, 1, (0, 1), [7])] * 3
+    assert [one["alone"] for one in found] == [(0, 1, (0, 3), [7])] * 3
 
 
 def test_a_rank_that_is_gone_is_an_error_for_the_others(launch):

@@ -960,6 +960,69 @@ def test_a_file_of_junk_gives_nothing_but_our_errors(tmp_path_factory, content):
         read(path)
 
 
+VALUES_OF_OTHER_KINDS = [float("nan"), float("inf"), -1, [], [[]], {"a": 1}, b"bytes", 10**400, -(10**30)]
+
+
+@settings(max_examples=200, **BUSY)
+@given(st.sampled_from(sorted(RECIPES)), st.data())
+def test_a_recipe_with_one_bad_setting_is_refused_with_its_path(name, data):
+    """A value that no setting of that place has, or a key that it does not have."""
+    recipe = json.loads(json.dumps(read(RECIPES[name]).dump()))
+    at = data.draw(st.sampled_from([key for key in places(recipe) if key[-1] != "kind"]))
+    table = recipe
+    for key in at[:-1]:
+        table = table[key]
+    if isinstance(table[at[-1]], dict) and data.draw(st.booleans()):
+        at = (*at, data.draw(st.sampled_from(["wdth", "no_such_key", "Epochs"])))
+        table = table[at[-2]]
+        table[at[-1]] = 1
+    else:
+        table[at[-1]] = data.draw(st.sampled_from(VALUES_OF_OTHER_KINDS))
+    try:
+        read(recipe)
+    except (kdlib.RecipeError, kdlib.PluginError) as error:
+        said = str(error)
+    else:  # some places take any number, or a table of any names
+        return
+    named = {line.partition(":")[0] for line in said.splitlines()}
+    path = ".".join(at)
+    assert any(path.startswith(one) or one.startswith(path) for one in named), said
+
+
+BOMBS = {
+    "one key of many dots": "a." * 200_000 + "a = 1",
+    "one header of many dots": "[" + "a." * 200_000 + "a]",
+    "dots inside a table": "data = {" + "a." * 200_000 + "a = 1}",
+    "many keys of many dots": "\n".join(f"{'a.' * 290}k{number} = 1" for number in range(800)),
+    "many unknown keys": "\n".join(f"k{number} = 1" for number in range(40_000)),
+    "deep arrays": "data = " + "[" * 200_000,
+    "deep tables, as far as the reader goes": "data = " + "{a = " * 60 + "1" + "}" * 60,
+    "a long number": "data = " + "9" * 400_000,
+    "too large": "#" * (LARGEST + 1),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_file_that_would_take_long_or_exhaust_the_stack_is_refused(written, kind):
+    assert len(refused(written(BOMBS[kind]))) < 20_000
+
+
+@pytest.mark.parametrize("depth", [60, 900, 50_000])
+def test_json_that_is_deep_is_refused(written, depth):
+    assert "nested too deeply" in refused(written('{"data":' * depth + "1" + "}" * depth, "recipe.json"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["os.mkdir", "os:mkdir", "kdlib_asc.plugin", "builtins.eval", "__import__('os')", "/tmp/x.py", "../x", "a\0b"],
+)
+@pytest.mark.parametrize("place", ["data", "teacher__model", "points__soft", "source"])
+def test_a_kind_is_a_registered_name_and_never_a_path_of_code(kind, place):
+    with pytest.raises(kdlib.PluginError, match=r"No .* named"):
+        read(changed(DIGITS, **{f"{place}__kind": kind}))
+
+
 # where features are kept
 
 

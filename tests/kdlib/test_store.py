@@ -495,6 +495,36 @@ def test_a_shard_with_a_true_checksum_and_other_contents_is_refused(tmp_path, he
         store[0]
 
 
+def test_a_manifest_that_tells_of_more_shards_than_any_disk_has_costs_nothing(copy):
+    manifest = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))
+    del manifest["sha256"]
+    (copy / MANIFEST).write_text(sealed({**manifest, "rows": 10**18, "shard_rows": 4}), encoding="utf-8")
+    store = Store(copy)
+    assert store.finished() == [0, 1, 2]
+    with pytest.raises(kdlib.DataError, match="not finished"):
+        store.whole("logits")
+    (copy / MANIFEST).write_text(sealed({**manifest, "rows": 10**18, "shard_rows": 10**18}), encoding="utf-8")
+    with pytest.raises(kdlib.DataError, match="holds something else"):
+        Store(copy).whole("logits")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["00001.safetensors", "00001.safetensors.sha256", MANIFEST])
+def test_a_pipe_or_a_device_is_not_waited_for(copy, name):
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (copy / name).unlink()
+        make(copy / name)
+        with pytest.raises(kdlib.DataError, match=f"{name}: not a file"):
+            Store(copy).take([4])
+
+
+def test_a_shard_far_larger_than_its_rows_is_refused_without_a_look_at_its_checksum(copy):
+    with (copy / "00001.safetensors").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(kdlib.DataError, match=r"1,099,511,627,776 bytes, more than manifest\.json says"):
+        Store(copy).take([4])
+
+
 # made of something else
 
 

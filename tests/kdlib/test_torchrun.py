@@ -16,7 +16,8 @@ RUN = [
     "digits",
     "--set=data={kind='digits',train=75,valid=20}",  # the last batch has 11 rows
     "--set=train={epochs=2,threads=1,batch=32}",
-    "--set=student={control=false,train={epochs=2}}",
+    "--set=student.control=false",
+    "--set=student.train.epochs=2",
 ]
 FATAL = '''
 """A point that kills its process on one rank, in the middle of a training."""

@@ -247,17 +247,19 @@ def all_of_it(folder):
     torch.set_num_threads(1)
     store.SHARD = 1 << 10  # several shards of few rows
     found = {name: trained(points) for name, points in POINTS.items()}
-    found["accumulated and clipped"] = trained(POINTS["both"], accumulate=2, clip=0.05)
-    found["the best of few"] = trained(lambda: {"hard": kdlib.HardLabels()}, lr=1.0, patience=1)
-    found["written"] = trained(POINTS["both"], folder=folder / "logs")
-    found["by hand"] = {name: by_hand(points) for name, points in POINTS.items()}
-    found["again"] = again()
-    found["resumed"] = resumed(folder / "checkpoints")
-    found["own loop"] = own_loop() if ranks.world() > 1 else []
-    found |= {kind: with_state(kind) for kind in ("class means", "crd", "ema")}
+    found |= {kind: with_state(kind) for kind in ("class means", "crd")}
     found["made"] = made(folder / "made")
     found["errors"] = {how: spoilt(how) for how in ("unreadable", "nan")}
     found["batch norm"] = normed()
+    if ranks.world() <= 2:  # four processes would show no more, and take their time
+        found["accumulated and clipped"] = trained(POINTS["both"], accumulate=2, clip=0.05)
+        found["the best of few"] = trained(lambda: {"hard": kdlib.HardLabels()}, lr=1.0, patience=1)
+        found["written"] = trained(POINTS["both"], folder=folder / "logs")
+        found["by hand"] = {name: by_hand(points) for name, points in POINTS.items()}
+        found["again"] = again()
+        found["ema"] = with_state("ema")
+        found["resumed"] = resumed(folder / "checkpoints")
+        found["own loop"] = own_loop()
     return found
 
 
@@ -280,7 +282,10 @@ def found(launch, folders):
     return {world: [pickle.loads(one) for one in launch(work, world, folders[world])] for world in WORLDS}
 
 
-TRAININGS = [*POINTS, "accumulated and clipped", "the best of few", "written"]
+TRAININGS = [
+    *[(2, name) for name in (*POINTS, "accumulated and clipped", "the best of few", "written")],
+    *[(4, name) for name in POINTS],
+]
 
 
 def together(found, world, *path):
@@ -301,8 +306,7 @@ def near(one, other, bound=1e-6):
         assert (value.double() - other[name].double()).abs().max() <= bound, name
 
 
-@pytest.mark.parametrize("name", TRAININGS)
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("world", "name"), TRAININGS)
 def test_all_ranks_end_with_the_same_and_with_that_of_one_process(found, world, name):
     near(together(found, world, name, 0), together(found, 1, name, 0))
 
@@ -313,7 +317,7 @@ def test_two_ranks_train_bit_for_bit_as_a_manual_all_reduce(found, points):
     assert all(torch.equal(fitted[name], value) for name, value in by_hand.items())
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [1, 2])
 def test_the_loop_of_the_page_on_several_processes_trains_as_fit_does(found, world):
     own, fitted = together(found, world, "own loop", 0), together(found, world, "own loop", 1)
     near(own, fitted, bound=0)
@@ -327,8 +331,7 @@ def test_it_trains_and_a_layer_that_no_point_reaches_stays_as_it_was(found, poin
     assert same == ({"student.model.2.weight", "student.model.2.bias"} if points == "a hidden layer alone" else set())
 
 
-@pytest.mark.parametrize("name", TRAININGS)
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("world", "name"), TRAININGS)
 def test_history_and_callbacks_have_the_means_over_all_ranks(found, world, name):
     _, wanted, steps_wanted = found[1][0][name]
     for one in found[world]:
@@ -346,18 +349,19 @@ def test_history_and_callbacks_have_the_means_over_all_ranks(found, world, name)
 
 
 def test_the_best_of_few_stops_early(found):
-    assert len(found[4][0]["the best of few"][1].epochs) < EPOCHS
+    assert len(found[2][0]["the best of few"][1].epochs) < EPOCHS
 
 
-@pytest.mark.parametrize("kind", ["class means", "crd", "ema", "again"])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("world", "kind"), [*[(2, kind) for kind in ("class means", "crd", "ema", "again")], (4, "class means"), (4, "crd")]
+)
 def test_what_remembers_the_student_is_the_same_on_all_ranks(found, world, kind):
     state = together(found, world, kind)
     if kind != "crd":  # it takes its constant from a rank's rows
         near(state, together(found, 1, kind))
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_they_go_on_to_the_same_bits(found, world):
     assert {str(one["resumed"][1]) for one in found[world]} == {str(found[world][0]["resumed"][1])}
     ((number, text),) = found[world][0]["resumed"][1]
@@ -381,10 +385,9 @@ def test_features_outputs_stores_and_caches_have_the_same_bits(found, folders, w
         assert all(np.array_equal(one["made"][2][name], tap) for name, tap in taps.items())
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_logs_are_written_once(found, folders, world):
+def test_logs_are_written_once(found, folders):
     names = ["metrics.csv", "metrics.jsonl", "teacher.json"]
-    one, several = (folders[ranks] / "logs" for ranks in (1, world))
+    one, several = (folders[world] / "logs" for world in (1, 2))
     assert [path.name for path in sorted(several.iterdir())] == names
     assert len((several / "metrics.jsonl").read_text().splitlines()) == 20
     assert (several / "teacher.json").read_bytes() == (one / "teacher.json").read_bytes()

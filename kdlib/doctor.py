@@ -1,0 +1,221 @@
+"""What a machine has for training, and what to do where something is left lying: one line each to copy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kdlib.errors import KdlibError
+
+UNITS = {"amx_bf16": "AMX with bf16", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
+"""Flags of a processor, the strongest first, in words."""
+ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
+THRESHOLD = 1 << 30
+"""Bytes from which on glibc should map and unmap a block of its own: more than a tensor of a usual step."""
+ROOM = 6_000_000_000
+"""Bytes in which the paper's batch of 40 clips trains on either network with checkpoint_activations."""
+CACHE = 4_400_000_000
+"""Bytes of disk that the features of DCASE 2018 take: 8640 spectrograms of 2 x 249 x 256 numbers in float32."""
+SET = "kdlib run RECIPE --set"
+
+
+class Finding(NamedTuple):
+    """One thing that a machine has, and what to do about it."""
+
+    about: str
+    found: str
+    why: str = ""
+    """What could be better, and by how much; empty where nothing is to do."""
+    line: str = ""
+    """What to type, or to change in a recipe."""
+
+
+def describe(folder: Path | str = ".", *, root: Path | str = "/") -> dict[str, Any]:
+    """Describe this machine and process as plain data. What the system does not tell is None.
+
+    Args:
+        folder: where a cache of features would lie.
+        root: of the file system that tells of processor, memory and limits.
+
+    Raises:
+        KdlibError: there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise KdlibError(f"{folder}: there is no such folder.")
+    files = Path(root)
+    processor = _read(files / "proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.*)", processor, re.MULTILINE)
+    flags = re.search(r"^flags\s*: (.*)", processor, re.MULTILINE)
+    memory = dict(re.findall(r"^(\w+): +(\d+) kB", _read(files / "proc/meminfo"), re.MULTILINE))
+    loaded = _read(files / "proc/self/maps")
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return {
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": model.group(1).strip() if model else platform.processor() or platform.machine(),
+        "units": [unit for unit in UNITS if flags and unit in flags.group(1).split()],
+        "cores": len(affinity),
+        "quota": _quota(files),
+        "threads": torch.get_num_threads(),
+        "allocator": next((name for name in ALLOCATORS if name in loaded), platform.libc_ver()[0] or None),
+        "mmap_threshold": _threshold("mmap_threshold", "MALLOC_MMAP_THRESHOLD_"),
+        "trim_threshold": _threshold("trim_threshold", "MALLOC_TRIM_THRESHOLD_"),
+        "memory": _bytes(memory.get("MemTotal")),
+        "available": _bytes(memory.get("MemAvailable")),
+        "limit": _limit(files),
+        "disk": shutil.disk_usage(folder).free,
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "driver": (files / "proc/driver/nvidia/version").exists(),
+        "compiler": os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None),
+    }
+
+
+def advise(machine: Mapping[str, Any]) -> list[Finding]:
+    """Say of a machine, as :func:`describe` describes it, what it has and what to do.
+
+    Example:
+        >>> machine = describe() | {"cores": 2, "quota": None, "threads": 16}
+        >>> next(one.line for one in advise(machine) if one.about == "threads")
+        'export OMP_NUM_THREADS=2'
+    """
+    parts = (_processor, _threads, _allocator, _memory, _disk, _gpu, _compiler)
+    versions = Finding("versions", f"torch {machine['torch']}, Python {machine['python']}")
+    return [versions, *(part(machine) for part in parts)]
+
+
+def _processor(machine: Mapping[str, Any]) -> Finding:
+    units = machine["units"]
+    found = f"{machine['processor']}, {', '.join(UNITS[unit] for unit in units[:1]) or 'no vector unit known'}"
+    if units and units[0].endswith("bf16"):
+        why = "a training step in bf16 takes 0.2 (raw network) to 0.3 (spectrogram) of the time in fp32"
+        return Finding("processor", found, why, f"{SET} train.precision=bf16 --set train.layout=channels_last")
+    why = "it has no unit for bf16; the layout alone leaves 0.72 of a step in fp32 (spectrogram, on AVX-512)"
+    return Finding("processor", found, why, f"{SET} train.precision=fp32 --set train.layout=channels_last")
+
+
+def _threads(machine: Mapping[str, Any]) -> Finding:
+    quota, threads = machine["quota"], machine["threads"]
+    usable = machine["cores"] if quota is None else max(1, min(machine["cores"], int(quota)))
+    limited = "" if quota is None else f", of which a limit leaves the time of {quota:g}"
+    found = f"{threads} of torch on {machine['cores']} cores{limited}"
+    line = f"export OMP_NUM_THREADS={usable}"
+    if threads > usable:
+        return Finding(
+            "threads", found, "threads that share a core wait for each other at the end of every layer", line
+        )
+    if threads < usable:
+        why = "right for as many processes side by side; one process alone leaves cores idle"
+        return Finding("threads", found, why, line)
+    return Finding("threads", found)
+
+
+def _allocator(machine: Mapping[str, Any]) -> Finding:
+    name, thresholds = machine["allocator"], [machine["mmap_threshold"], machine["trim_threshold"]]
+    if name != "glibc":
+        return Finding("allocator", name or "not known")
+    if all(value is not None and value >= THRESHOLD for value in thresholds):
+        return Finding("allocator", "glibc, which keeps large blocks")
+    why = (
+        "it takes large tensors from the system and gives them back in each step; set before the program starts, this "
+        "leaves 0.67 (raw network) to 0.97 (spectrogram) of the time of a training step in bf16"
+    )
+    line = f"export MALLOC_MMAP_THRESHOLD_={THRESHOLD} MALLOC_TRIM_THRESHOLD_={THRESHOLD}"
+    return Finding("allocator", "glibc as it comes", why, line)
+
+
+def _memory(machine: Mapping[str, Any]) -> Finding:
+    total, available, limit = machine["memory"], machine["available"], machine["limit"]
+    if total is None:
+        return Finding("memory", "not known")
+    usable = min(one for one in (available, limit, total) if one is not None)
+    limited = f", a limit of {limit / 1e9:.1f} GB" if limit is not None and limit < total else ""
+    found = f"{total / 1e9:.1f} GB{limited}, {usable / 1e9:.1f} GB of it free"
+    if usable >= 2 * ROOM:
+        return Finding("memory", found)
+    why = "a batch of 40 clips of 10 s in fp32 does not fit with all that its backward needs; computing it again does"
+    return Finding("memory", found, why, f"{SET} systems.raw.model.checkpoint_activations=true")
+
+
+def _disk(machine: Mapping[str, Any]) -> Finding:
+    found = f"{machine['disk'] / 1e9:.1f} GB free"
+    if machine["disk"] >= CACHE:
+        return Finding("disk", found)
+    why = f"the spectrograms of DCASE 2018 take {CACHE / 1e9:.1f} GB in a cache, rounded half of it"
+    return Finding("disk", found, why, f"{SET} cache.dtype=float16")
+
+
+def _gpu(machine: Mapping[str, Any]) -> Finding:
+    if machine["gpus"]:
+        return Finding("GPU", f'{", ".join(machine["gpus"])}; trainings take the first (device = "auto")')
+    if machine["driver"]:
+        why = f"there is a driver, and torch {machine['torch']} cannot use it"
+        return Finding("GPU", "none that torch sees", why, "pip install --force-reinstall torch")
+    return Finding("GPU", "none")
+
+
+def _compiler(machine: Mapping[str, Any]) -> Finding:
+    if machine["compiler"]:
+        return Finding("C++ compiler", machine["compiler"])
+    why = "teacher.inference.compile wants one; a compiled spectrogram network labels in 0.9 of the time"
+    return Finding("C++ compiler", "none", why, "apt-get install g++")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _bytes(kibibytes: str | None) -> int | None:
+    return None if kibibytes is None else 1024 * int(kibibytes)
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders that may tell a limit of this process: those of its group and of the root, in both versions."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, names, path = line.split(":", 2)
+        top = root / "sys/fs/cgroup"
+        if not names:
+            yield from (top / path.lstrip("/"), top)
+        elif controller in names.split(","):
+            yield from (top / names / path.lstrip("/"), top / names, top / controller)
+
+
+def _quota(root: Path) -> float | None:
+    """Return of how many cores a limit leaves the time."""
+    for group in _groups(root, "cpu"):
+        both = _read(group / "cpu.max").split() or [
+            _read(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+        ]
+        if len(both) == 2 and all(one.isdigit() for one in both) and int(both[1]):
+            return int(both[0]) / int(both[1])
+    return None
+
+
+def _limit(root: Path) -> int | None:
+    """Return the bytes that a limit leaves."""
+    for group in _groups(root, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = _read(group / name).strip()
+            if text.isdigit() and int(text) < 1 << 60:  # the first version writes a huge number for none
+                return int(text)
+    return None
+
+
+def _threshold(tunable: str, variable: str) -> int | None:
+    """Return what the environment sets of glibc's allocator."""
+    tuned = re.search(rf"glibc\.malloc\.{tunable}=(\w+)", os.environ.get("GLIBC_TUNABLES", ""))
+    text = tuned.group(1) if tuned else os.environ.get(variable, "")
+    try:
+        return int(text, 0)
+    except ValueError:
+        return None
