@@ -95,8 +95,10 @@ plt.show()
 # %%
 # What came out
 # -------------
-# Hard labels, soft labels at T = 1 and Hinton's form differ in ECE by less than the spread over seeds. The first two
-# leave the student a little less certain than it is right; Hinton's form hands it the teacher's excess of certainty.
+# Hinton's form hands the student the teacher's certainty, and its ECE is about the teacher's. Hard labels and soft
+# labels at T = 1 leave the student less certain than it is right. That is a matter of how long one trains: with 150
+# epochs in the place of 100 the ECE of these two was 3.9 %, and that of Hinton's form 3.6 %, a difference within the
+# spread over seeds.
 #
 # The paper's form at T = 5 stands apart. There the student, at its own temperature of 1, is taught the softened
 # distribution itself, and so it is far less certain than it is right, although it is right no less often than the
