@@ -1,6 +1,6 @@
 """Ratios that are measured in alternation, by pytest-benchmark, and kept in a file as soon as each is there.
 
-    OMP_NUM_THREADS=1 pytest tests/bench --figures docs/results/benchmarks.json
+    pytest tests/bench --figures docs/results/benchmarks.json
 
 The table is written beside the file. Figures that are in the file and are not measured now stay as they are, so a run
 that was stopped goes on with ``-k``. No test here fails on a time.
@@ -125,7 +125,7 @@ def table(figures):
     for figure in figures.values():
         if "ratio" not in figure:
             continue
-        median, least, largest = (f"{value:.3g}" if value >= 10 else f"{value:.3f}" for value in figure["ratio"])
+        median, least, largest = map(written, figure["ratio"])
         times = " times cheaper" if figure["cheaper"] else ""
         ours, theirs = (readable(seconds) for seconds in figure["seconds"])
         lines.append(
@@ -142,6 +142,11 @@ def table(figures):
 
 def place(name):
     return next(number for number, begin in enumerate(ORDER) if name.startswith(begin)), name
+
+
+def written(ratio):
+    digits = next((form for above, form in ((100, ",.0f"), (10, ".1f"), (0.1, ".3f")) if ratio >= above), ".4f")
+    return f"{ratio:{digits}}"
 
 
 def readable(seconds):

@@ -100,7 +100,7 @@ def test_the_share_of_a_training_that_waits_for_cached_features(keep, clips, tmp
     features.fit(clips.train[-1, index]["x"] for index in range(4))
     cached = Featured(clips.train, features, cache=Cache(tmp_path / "cache"))
     student = kdlib.Distiller(SpectrogramCNNGRU(classes=2), hard=kdlib.HardLabels())
-    history = kdlib.fit(student, cached, epochs=4, batch=8, workers=workers, threads=1, progress=False)
+    history = kdlib.fit(student, cached, epochs=3, batch=8, workers=workers, threads=1, progress=False)
     shares = [100 * record["waiting"] for record in history.epochs[1:]]  # workers start in the first
     keep(
         f"waiting, {workers} workers",
