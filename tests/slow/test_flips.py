@@ -87,9 +87,17 @@ def read_statistics(folder):
     fit_features(features, part_of(), Cache(folder))
 
 
+def read_checkpoint(place):
+    """Go on, from the end, with a training whose only checkpoint this is."""
+    student = kdlib.Tapped(torch.nn.Linear(64, 10), logits="")
+    distiller = kdlib.Distiller(student, hard=kdlib.HardLabels())
+    settings = {"epochs": 1, "batch": 32, "threads": 1, "progress": False}
+    kdlib.fit(distiller, part_of(), checkpoint=place / "training.safetensors", resume=True, **settings)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Everything that kdlib writes and reads back: a run, a store of its teacher's labels, a cache."""
+    """Everything that kdlib writes and reads back: a run, a store of its teacher's labels, a cache, a checkpoint."""
     registry.cache_clear()
     kdlib.register(Mine())
     place = tmp_path_factory.mktemp("flips")
@@ -97,6 +105,8 @@ def made(tmp_path_factory):
     quiet("store", "build", place / "run", place / "store", "--views", "0", "--threads", "1")
     filled(Shift(), part_of(), Cache(place / "cache"), lambda i: {"x": part_of().x[i]})
     fit_features(Shift(), part_of(), Cache(place / "statistics"))
+    (place / "checkpoint").mkdir()
+    read_checkpoint(place / "checkpoint")
     yield place
     registry.cache_clear()
 
@@ -112,6 +122,7 @@ LOADERS = {
     "source stored": lambda place: Stored(folder=place / "store").stores[0].take([0]),
     "kdlib store verify": lambda place: quiet("store", "verify", place / "store"),
     "cache": lambda place: read_cache(place / "cache"),
+    "fit, resumed": lambda place: read_checkpoint(place / "checkpoint"),
     "statistics in the cache": lambda place: read_statistics(place / "statistics"),
 }
 SHARD = "00000.safetensors"
@@ -119,6 +130,7 @@ FILES = [
     ("student", "run/main/student.safetensors", "load_run"),
     ("feature statistics", "run/main/features.safetensors", "load_run"),
     ("SVM", "run/main/student-scorer.safetensors", "load_run"),
+    ("checkpoint", "checkpoint/training.safetensors", "fit, resumed"),
     ("recipe of a run", "run/recipe.json", "load_run"),
     ("result of a run", "run/result.json", "load_run"),
     ("checksums of a run", "run/SHA256SUMS", "load_run"),
