@@ -569,7 +569,9 @@ def main() -> None:
     except KdlibError as error:
         passed_on = isinstance(error, RankError)  # its text names the rank that failed, and one rank says it
         if rank == 0 or not passed_on:
-            _print(f"{'' if passed_on else who}error: {error} [{error.page}]", errors)
+            text = str(error)
+            behind = "\n" if "\n" in text else " "
+            _print(f"{'' if passed_on else who}error: {text}{behind}[{error.page}]", errors)
             for note in getattr(error, "__notes__", []):
                 _print(f"  {note}", errors)
         sys.exit(2)

@@ -342,7 +342,8 @@ def _system(block: SystemBlock, at: str, train: Block, base: Path) -> System:
     first: Train | None = None
     if pretrain is not None:  # of the teacher's settings; a student is pre-trained the same way
         place = f"{at}teacher.pretrain.train"
-        merged = _over(_over(train, block.teacher.train), _changes(pretrain.train, place, base))
+        own = _over(train, _changes(block.teacher.train, f"{at}teacher.train", base))
+        merged = _over(own, _changes(pretrain.train, place, base))
         first = validated(Train, merged, place, base)
 
     def network(role: TeacherBlock | StudentBlock, place: str) -> Network:
@@ -365,8 +366,8 @@ def _system(block: SystemBlock, at: str, train: Block, base: Path) -> System:
     student = teacher if block.source is None else network(block.student, f"{at}student")
     if block.student.start == "teacher" and student.model.dump() != teacher.model.dump():
         raise RecipeError(
-            f"{at}student.start: the student can start from the teacher's weights where both are the same model; "
-            "here they differ. Take start = 'random'."
+            f"{at}student.start: the student can start from the teacher's weights where both are the same model; here "
+            f"{at}teacher.model and {at}student.model differ. Take start = 'random'."
         )
     points = {name: _point(name, point, f"{at}points.{name}", base) for name, point in block.points.items()}
     if block.source is not None and not points:

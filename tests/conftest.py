@@ -1,12 +1,17 @@
 """One thread a test: two threads that wait for each other are slower than one wherever anything else runs."""
 
 import multiprocessing
+import signal
 import socket
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, for good
+settings.register_profile("same", derandomize=True)  # the same examples for everybody
+settings.load_profile("same")
 CLEAN_PROCESSES = multiprocessing.get_context("forkserver")
 CLEAN_PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "kdlib"])  # DDP imports the second
 

@@ -89,8 +89,8 @@ class SpectrogramCNNGRU(nn.Module):
         width: factor on the channels and on the GRU's size, above 0 (rounded, at least 4); the embedding stays 64.
         activate_embedding: put a LeakyReLU(0.3) on the embedding.
         gru: False for the CNN of the first training step.
-        multiple: round channels and the GRU's size to multiples of this (ours): with 32 Table 3's 30, 60, 120 and 240
-            channels are 32, 64, 128 and 256, whose sums fill a processor's registers.
+        multiple: round channels and the GRU's size to multiples of this, 1 to 1024 (ours): with 32 Table 3's 30, 60,
+            120 and 240 channels are 32, 64, 128 and 256, whose sums fill a processor's registers.
         checkpoint_activations: in training keep only what goes into each row from conv1 to res4 and compute the rest
             again in the backward: less memory, more time, and the same results.
 
@@ -120,7 +120,7 @@ class SpectrogramCNNGRU(nn.Module):
         width: Annotated[float, Field(gt=0)] = 1.0,
         activate_embedding: bool = False,
         gru: bool = True,
-        multiple: Annotated[int, Field(ge=1)] = 1,
+        multiple: Annotated[int, Field(ge=1, le=1024)] = 1,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()

@@ -119,7 +119,7 @@ def test_the_command_tells_many_bad_files_by_reason(folder, files, tmp_path, mon
     assert command(monkeypatch, folder, files[0], *bad) == 2
     told = capsys.readouterr().err.splitlines()
     assert told[:2] == ["error: 7 of 8 files cannot be read:", "1. no numbers (7):"]
-    assert told[2:] == [*(f"     {path}" for path in bad[:5]), "     and 2 more"]
+    assert told[2:] == [*(f"     {path}" for path in bad[:5]), "     and 2 more", "[errors.html#kdliberror]"]
 
 
 def test_for_programs_there_is_a_line_of_json_a_file(folder, files, monkeypatch, capsys):

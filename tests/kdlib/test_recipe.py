@@ -984,7 +984,7 @@ def test_a_recipe_with_one_bad_setting_is_refused_with_its_path(name, data):
         said = str(error)
     else:  # some places take any number, or a table of any names
         return
-    named = {line.partition(":")[0] for line in said.splitlines()}
+    named = {line.partition(":")[0] for line in said.splitlines()} | set(re.findall(r"\w+\.[\w.]+\w", said))
     path = ".".join(at)
     assert any(path.startswith(one) or one.startswith(path) for one in named), said
 

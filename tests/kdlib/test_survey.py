@@ -131,7 +131,7 @@ def test_the_same_reason_is_one_line_with_its_number_and_a_few_names(command, tm
     Lists.problems = {**problems, "d1": RuntimeError("[red]odd[/red]")}
     code, out, complaints = command("data", "check", tmp_path, "--kind", "letters")
     assert code == 2
-    assert complaints == "error: Something is wrong; see the lines above.\n"
+    assert complaints == "error: Something is wrong; see the lines above. [errors.html#kdliberror]\n"
     assert out.splitlines() == [
         "301 of 301 clips cannot be read:",
         "1. too small: ... of 400 (300):",
