@@ -127,7 +127,8 @@ def _described(value: Any, depth: int = DEPTH) -> Any:
         return {"function": getattr(value, "__qualname__", repr(type(value)))}
     about = {"class": name_of(value)}
     if depth and (callable(value) or isinstance(value, Between)):
-        own = {name: item for name, item in vars(value).items() if name[0] != "_" and name != "training"}
+        attributes = getattr(value, "__dict__", {})  # a ufunc and an itemgetter have none
+        own = {name: item for name, item in attributes.items() if name[0] != "_" and name != "training"}
         about |= {"source": source_of(type(value)), **{name: _described(item, depth - 1) for name, item in own.items()}}
     return about
 

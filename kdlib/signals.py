@@ -34,8 +34,8 @@ class Heard:
 def heard() -> Iterator[Heard]:
     """Note SIGTERM and Ctrl-C instead of stopping by them; a second Ctrl-C stops at once.
 
-    The handlers are those from before afterwards. A thread that is not the main one can have none, and a signal that is
-    ignored, as in a shell's background, stays so.
+    Afterwards the handlers are those from before, and a signal that came after the last look at the note is theirs. A
+    thread that is not the main one can have none, and a signal that is ignored, as in a shell's background, stays so.
     """
     note = Heard()
 
@@ -46,6 +46,8 @@ def heard() -> Iterator[Heard]:
 
     with _handled(HEEDED, hear):
         yield note
+    if note.number:
+        signal.raise_signal(note.number)
 
 
 @contextmanager

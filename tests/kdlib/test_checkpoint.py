@@ -4,12 +4,14 @@ import csv
 import functools
 import json
 import multiprocessing
+import operator
 import os
 import signal
 import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from kdlib.checkpoint import apart, joined, unsaved
 from kdlib.digits import digits
 from kdlib.files import read_tensors
 from kdlib.points import Crd, FitNet
+from kdlib.signals import raised
 from kdlib.sources import ClassMeans, Ema, SelfDistillation
 from kdlib.sources.ensemble import Ensemble
 
@@ -605,6 +608,18 @@ def test_state_that_no_module_holds_is_refused_before_the_first_step(tmp_path, p
     assert not unsaved(ensemble(parts.train))
 
 
+def test_a_source_that_keeps_a_callable_without_attributes_is_told_too(tmp_path, parts):
+    class Rooted(kdlib.SameInput):
+        def __init__(self, teacher):
+            super().__init__(teacher)
+            self.root, self.input = np.sqrt, operator.itemgetter("x")
+
+    distiller = kdlib.Distiller(net(), Rooted(teacher()), soft=kdlib.SoftLabels())
+    assert fit(distiller, parts, tmp_path).steps == 9
+    again = kdlib.Distiller(net(), Rooted(teacher()), soft=kdlib.SoftLabels())
+    assert fit(again, parts, tmp_path, resume=True).steps == 9
+
+
 @pytest.mark.parametrize("settings", [{"every": 3}, {"resume": True}, {"force": True}])
 def test_settings_of_a_checkpoint_without_one_are_refused(tmp_path, parts, settings):
     with pytest.raises(kdlib.TrainingError, match="checkpoint=PATH"):
@@ -669,6 +684,19 @@ def test_a_signal_in_a_validation_does_not_wait_for_its_end(tmp_path, parts):
     again = fit(resumed, parts, tmp_path / "cut", valid=valid, resume=True)
     assert same(bits(resumed), bits(straight))
     assert timeless(again) == timeless(history)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_last_checkpoint_is_not_lost(tmp_path, parts, number):
+    def late(event):
+        if event.kind == "end":
+            signal.raise_signal(number)
+
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    with raised(), pytest.raises(KeyboardInterrupt):
+        fit(distil(parts.train), parts, tmp_path, callbacks=[late])
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
+    assert step_of(tmp_path / "checkpoint.safetensors") == 9
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path, parts):
