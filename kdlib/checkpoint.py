@@ -56,14 +56,22 @@ class Checkpoints:
             force: go on in spite of differences, which are then noted in the history.
 
         Raises:
-            TrainingError: there is a checkpoint and it is not to be resumed; it is of another training; or all that is
-                there is damaged.
+            TrainingError: there is a checkpoint and it is not to be resumed; it is of another training; all that is
+                there is damaged; or ranks see different ones.
         """
         if not resume:
             ranks.once(self._refuse_present)
             return False
         with ranks.together():
-            return self._resume(training, force)
+            begun = self._resume(training, force)
+        places = ranks.gathered([_place_of(training)])
+        if len(set(places)) > 1:
+            raise TrainingError(
+                f"{self.path}: the ranks do not see the same checkpoint; they would go on from the steps "
+                f"{', '.join(str(step) for *_, step in places)}. Its folder has to lie on a file system that all of "
+                "them see."
+            )
+        return begun
 
     def _resume(self, training: Training, force: bool) -> bool:
         found = self._read()

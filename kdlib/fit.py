@@ -143,16 +143,7 @@ def fit(
     """
     _refuse_settings(valid, epochs, select, patience, accumulate, clip, optimizer)
     _refuse_checkpoint(distiller, checkpoint, every, resume, force)
-    for name, value, known in (
-        ("optimizer", optimizer if isinstance(optimizer, str) else "adam", OPTIMIZERS),
-        ("precision", precision, PRECISIONS),
-        ("layout", layout, LAYOUTS),
-        ("schedule", schedule, SCHEDULES),
-        ("select", select or "best", ("best", "last")),
-        ("batch_norm", batch_norm, BATCH_NORMS),
-    ):
-        if value not in known:
-            raise TrainingError(f"{name}={value!r} is unknown.{did_you_mean(str(value), known)}")
+    _refuse_unknown(optimizer, precision, layout, schedule, select, batch_norm)
     place = Place(device_of(device), LAYOUTS[layout], precision)
     home = Place(next((p.device for p in distiller.parameters()), place.device), LAYOUTS["contiguous"], precision)
     if batch_norm == "sync" and ranks.world() > 1 and place.device.type != "cuda":
@@ -220,7 +211,8 @@ def fit(
             with ranks.together():
                 saved = Checkpoints(Path(checkpoint), every, made_of(distiller, given, settings))
             begun = saved.open(training, resume=resume, force=force)
-        tell = _listeners(stack, callbacks, progress, steps, folder, training)
+        with ranks.together():  # rank 0's folder may be one that it cannot write into
+            tell = _listeners(stack, callbacks, progress, steps, folder, training)
         if distiller.source is not None and not begun:
             _judge_teacher(training, distiller.source, parts, batch, folder, bool(progress))
         if checkpoint is not None:
@@ -426,3 +418,16 @@ def _refuse_settings(
         )
     if valid is None and (select == "best" or patience is not None):
         raise TrainingError("select='best' and patience need a validation part; there is none. Take select='last'.")
+
+
+def _refuse_unknown(optimizer: Any, precision: Any, layout: Any, schedule: Any, select: Any, batch_norm: Any) -> None:
+    for name, value, known in (
+        ("optimizer", optimizer if isinstance(optimizer, str) else "adam", OPTIMIZERS),
+        ("precision", precision, PRECISIONS),
+        ("layout", layout, LAYOUTS),
+        ("schedule", schedule, SCHEDULES),
+        ("select", select or "best", ("best", "last")),
+        ("batch_norm", batch_norm, BATCH_NORMS),
+    ):
+        if value not in known:
+            raise TrainingError(f"{name}={value!r} is unknown.{did_you_mean(str(value), known)}")

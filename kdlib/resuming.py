@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdlib import ranks
 from kdlib.errors import KdlibError, RecipeError
 from kdlib.files import (
     make_folder,
@@ -57,14 +58,15 @@ class Keeping:
         self.forced.extend(line for line in lines if line not in self.forced)
 
     def found(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return what an earlier process of this run wrote into a file; None where there is nothing to rely on."""
-        if not self.resumed or self.force or not path.exists():
+        """Return what an earlier process of this run wrote into a file; None where a rank finds nothing to rely on."""
+        if not self.resumed or self.force:
             return None
+        found = None
         try:
-            return read_tensors(path)
+            found = read_tensors(path) if path.exists() else None
         except KdlibError as error:
             warnings.warn(f"{error} It is made anew.", stacklevel=2)
-            return None
+        return found if all(ranks.gathered([found is not None])) else None
 
     def keep_scores(self, role: str, scores: Scores) -> None:
         """Write the scores of a network, so that a scorer is not trained again."""

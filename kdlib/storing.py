@@ -111,15 +111,8 @@ def build_store(
             "versions": versions("kdlib-asc", "torch", "numpy"),
         }
         teacher = _Labels(source, wrapped, drawn, dtype, place, seed, title)
-        row: dict[str, np.ndarray] = {}
-        shard_rows = None
-        if not os.path.exists(folder / MANIFEST):
-            row = {name: array[0] for name, array in teacher.of([range(min(batch, len(part)))]).items()}
-            block = batch * (1 + drawn)
-            size = block * max(1, sum(array.nbytes for array in row.values()))
-            shard_rows = block * max(1, min(BLOCKS, SHARD // size))
-        rows = len(part) * (1 + drawn)
-        store = make_store(folder, made_of, rows=rows, row=lambda: row, shard_rows=shard_rows)
+        with ranks.together():
+            store = _opened(folder, made_of, teacher, len(part), batch)
         _fill(store, teacher, batch, title)
     return store
 
@@ -214,6 +207,19 @@ def _exact(name: str, tap: Tensor, rows: int, title: str) -> np.ndarray:
         raise TapError(f"{title}: the tap '{name}' has shape {tuple(tap.shape)} for {rows} rows; it cannot be stored.")
     array: np.ndarray = (tap.float() if tap.is_floating_point() else tap).cpu().numpy()
     return array
+
+
+def _opened(folder: Path, made_of: Mapping[str, Any], teacher: _Labels, samples: int, batch: int) -> Store:
+    """Return the store in a folder, which is made where there is none: its shards are of whole batches."""
+    views = len(teacher.epochs)
+    row: dict[str, np.ndarray] = {}
+    shard_rows = None
+    if not os.path.exists(folder / MANIFEST):
+        row = {name: array[0] for name, array in teacher.of([range(min(batch, samples))]).items()}
+        block = batch * views
+        size = block * max(1, sum(array.nbytes for array in row.values()))
+        shard_rows = block * max(1, min(BLOCKS, SHARD // size))
+    return make_store(folder, made_of, rows=samples * views, row=lambda: row, shard_rows=shard_rows)
 
 
 def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,7 +130,7 @@ def outputs(model: nn.Module, part: DataPart, train: Train) -> dict[str, np.ndar
     model.eval()
     loader = Loader(part, batch=train.batch, shuffle=False, workers=train.workers, shards="batches")
     own: list[dict[str, np.ndarray]] = []
-    with ranks.together(), torch.inference_mode():
+    with ranks.together(), closing(loader), torch.inference_mode():
         for batch in loader.epoch(CLEAN):
             own.append({name: tap.float().numpy() for name, tap in call(model, batch["x"]).items()})
     pieces = ranks.collected(own)
@@ -245,7 +246,7 @@ def _fit(job: Job, role: str, distiller: Distiller, train: Train, data: DataPart
     maker = partial(OPTIMIZERS[train.optimizer.kind], **train.optimizer.keywords())
     title = f"{job.title} {role}"
     system = job.system
-    require_room(job.folder, sum(value.nbytes for value in distiller.student.state_dict().values()))
+    ranks.once(require_room, job.folder, sum(value.nbytes for value in distiller.student.state_dict().values()))
     involved = [job.data, system.features, system.teacher.model, system.student.model, system.source]
     keeping, lost = job.keeping, unsaved(distiller)
     if lost and ranks.rank() == 0:
@@ -272,8 +273,7 @@ def _scored(job: Job, role: str, network: nn.Module, train: DataPart, test: Data
     settings = job.system.teacher.train if role == "without" else job.system.student.train
     ids, classes = tuple(test.ids), tuple(job.parts.classes)
     kept = job.keeping.kept_scores(role, ids)
-    lacking = any(ranks.gathered([kept is None]))
-    if kept is None or lacking:
+    if kept is None:
         kept = _scored_anew(job, role, network, train, test, settings, ids, classes)
         ranks.once(job.keeping.keep_scores, role, kept)
     return kept

@@ -25,6 +25,7 @@ from kdlib.ddp import batch_norm_synced
 from kdlib.featured import Featured
 from kdlib.points import FitNet, HiddenCosine
 from kdlib.points.crd import Crd
+from kdlib.resuming import Keeping
 from kdlib.sources.class_means import ClassMeans
 from kdlib.sources.ema import Ema
 from kdlib.storing import build_store
@@ -242,6 +243,23 @@ def spoilt(how):
     return caught(fitted, kdlib.Distiller(network(0), hard=kdlib.HardLabels()), Bad(how))
 
 
+def not_everywhere(folder):
+    """Train with a checkpoint in a folder of each rank's own, go on from it, and look for what was kept there."""
+    path = folder / f"rank-{ranks.rank()}" / "checkpoint.safetensors"
+    settings = {"epochs": 1, "checkpoint": path}
+    fitted(kdlib.Distiller(network(0), hard=kdlib.HardLabels()), part(), **settings)
+    again = kdlib.Distiller(network(0), hard=kdlib.HardLabels())
+    return caught(fitted, again, part(), **settings, resume=True), Keeping(folder, resumed=True).found(path) is None
+
+
+def into_a_file(folder):
+    """Train with logs in a folder that cannot be made."""
+    folder.mkdir(exist_ok=True)
+    (folder / "file").touch()
+    distiller = kdlib.Distiller(network(0), hard=kdlib.HardLabels())
+    return caught(fitted, distiller, part(), epochs=1, folder=folder / "file" / "logs")
+
+
 def all_of_it(folder):
     """Do everything that is compared, and return it."""
     torch.set_num_threads(1)
@@ -251,6 +269,8 @@ def all_of_it(folder):
     found["made"] = made(folder / "made")
     found["errors"] = {how: spoilt(how) for how in ("unreadable", "nan")}
     found["batch norm"] = normed()
+    found["not everywhere"] = not_everywhere(folder / "own")
+    found["into a file"] = into_a_file(folder / "blocked")
     if ranks.world() <= 2:  # four processes would show no more, and take their time
         found["accumulated and clipped"] = trained(POINTS["both"], accumulate=2, clip=0.05)
         found["the best of few"] = trained(lambda: {"hard": kdlib.HardLabels()}, lr=1.0, patience=1)
@@ -403,6 +423,24 @@ def test_an_error_on_one_rank_stops_all_with_its_reason(found, world, how, said)
     (failed,) = [rank for rank, kind in enumerate(kinds) if kind != "RankError"]
     assert all(said in text for text in texts)
     assert all(text.startswith(f"rank {failed}: ") for rank, text in enumerate(texts) if rank != failed)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_one_rank_alone_finds_is_not_gone_on_from(found, world):
+    for refused, nothing in (one["not everywhere"] for one in found[world]):
+        assert (refused is not None) == nothing == (world > 1)
+        if refused is not None:
+            kind, text = refused
+            assert kind == "TrainingError"
+            assert f"do not see the same checkpoint; they would go on from the steps 5{', 0' * (world - 1)}." in text
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_logs_that_rank_0_cannot_write_stop_all_ranks(found, world):
+    (kind, text), *others = [one["into a file"] for one in found[world]]
+    assert kind == "KdlibError"
+    assert "cannot be made" in text
+    assert others == [("RankError", f"rank 0: KdlibError: {text}")] * (world - 1)
 
 
 @pytest.mark.parametrize("world", WORLDS)
