@@ -22,6 +22,7 @@ from rich.table import Table
 
 from kdlib import ranks, signals
 from kdlib.errors import DataError, KdlibError, PluginError, RankError, did_you_mean, printable
+from kdlib.progress import silent
 from kdlib.registry import register, registry
 from kdlib.words import in_words
 
@@ -88,7 +89,7 @@ def run_command(
         if ranks.launched()[0] == 0:
             _show_cost_of(read(named, changes))
         return
-    with _exit_by_signal(), ranks.group(), _one_speaker():
+    with _exit_by_signal(), ranks.group(), silent(ranks.rank() > 0, console):
         with ranks.together():
             wanted = read(named, changes)
         ranks.once(_refuse_wrong, wanted)
@@ -207,7 +208,7 @@ def store_build_command(
     from kdlib.storing import store_run
 
     _register(plugins)
-    with ranks.group(), _one_speaker():
+    with ranks.group(), silent(ranks.rank() > 0, console):
         for store in store_run(
             run, out, system=system, views=views, dtype=dtype, batch=batch, threads=threads, changes=changes
         ):
@@ -380,7 +381,7 @@ def _list_pictures(folder: Path) -> None:
 
 
 def _show_store(store: Any) -> None:
-    from kdlib.sources.stored import ERROR, views_of
+    from kdlib.sources.stored import ERROR, teachers_of, views_of
     from kdlib.storing import rounding
 
     made_of = store.manifest.made_of
@@ -391,7 +392,7 @@ def _show_store(store: Any) -> None:
     settings = ", ".join(f"{name} {value}" for name, value in source["settings"].items())
     _print(f"{store.folder}")
     _print(f"  source: {source['class']}{f' ({settings})' if settings else ''}")
-    for teacher in _teachers(source):
+    for teacher in teachers_of(source):
         _print(f"  teacher: {teacher['class']}, weights {teacher['state'][:16]}")
     _print(f"  data: {data['rows']} rows, {len(data['classes'] or ())} classes, items {data['items'][:16]}")
     _print(f"  views: {drawn}" + ("" if made_of["changes"] else "; nothing changes from epoch to epoch"))
@@ -402,11 +403,6 @@ def _show_store(store: Any) -> None:
         _print(f"  tap {name}: {form.dtype} {form.shape}{error}")
     rows = data["rows"] * views_of(store)
     _print(f"  {len(finished)} of {store.shards} shards written, {rows} rows in all, {size:,} bytes")
-
-
-def _teachers(source: dict[str, Any]) -> list[dict[str, Any]]:
-    inner = [teacher for one in source.get("sources", {}).values() for teacher in _teachers(one)]
-    return [*([source["teacher"]] if "teacher" in source else []), *inner]
 
 
 def _refuse_wrong(recipe: Any) -> None:
@@ -442,22 +438,6 @@ def _exit_by_signal() -> Iterator[None]:
             for line in (str(stop) or "Stopped by SIGINT.", *getattr(stop, "__notes__", ())):
                 _print(line, errors)
         raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
-
-
-@contextmanager
-def _one_speaker() -> Iterator[None]:
-    """Have rank 0 alone print, and show bars."""
-    from rich import get_console
-
-    consoles = (console, get_console())
-    before = [one.quiet for one in consoles]
-    for one in consoles:
-        one.quiet = one.quiet or ranks.rank() > 0
-    try:
-        yield
-    finally:
-        for one, quiet in zip(consoles, before, strict=True):
-            one.quiet = quiet
 
 
 def _show_cost_of(recipe: Any) -> None:

@@ -1,9 +1,13 @@
-"""A bar for what takes a while."""
+"""A bar for what takes a while, and silence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 
@@ -28,3 +32,19 @@ def track(items: Iterable[T], title: str, total: int | None = None) -> Iterable[
     from rich.progress import track as bar
 
     return bar(items, title, total=total, transient=True, disable=not get_console().is_terminal)
+
+
+@contextmanager
+def silent(wanted: bool, *others: Console) -> Iterator[None]:
+    """Silence the bars of everything below, sources and plugins too: they write to rich's own console. And others."""
+    from rich import get_console
+
+    consoles = (get_console(), *others)
+    before = [console.quiet for console in consoles]
+    for console in consoles:
+        console.quiet = wanted or console.quiet
+    try:
+        yield
+    finally:
+        for console, was in zip(consoles, before, strict=True):
+            console.quiet = was

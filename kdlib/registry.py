@@ -160,7 +160,7 @@ def build(plugin: Plugin, settings: Strict, live: Mapping[str, Any], facts: Mapp
     """
     arguments = {name: getattr(settings, name) for name in type(settings).model_fields}
     if plugin.kind in ("model", "features"):
-        arguments = _filled(plugin, arguments, facts, at)
+        arguments = _filled(arguments, facts, at)
     wanted = inspect.signature(plugin.build).parameters
     missing = [
         name for name in plugin.live if live.get(name) is None and wanted[name].default is inspect.Parameter.empty
@@ -179,7 +179,7 @@ def build(plugin: Plugin, settings: Strict, live: Mapping[str, Any], facts: Mapp
         raise
 
 
-def _filled(plugin: Plugin, arguments: dict[str, Any], facts: Mapping[str, Any], at: str) -> dict[str, Any]:
+def _filled(arguments: dict[str, Any], facts: Mapping[str, Any], at: str) -> dict[str, Any]:
     """Fill what is known of the data into settings that were left open; refuse a value that disagrees."""
     for name in FACTS:
         if name not in arguments:

@@ -8,8 +8,7 @@ import io
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from kdlib.files import parse_json, read_checked, reason, write_atomically, writ
 from kdlib.fusion import Scores, fuse
 from kdlib.interfaces import DataPart, DataParts
 from kdlib.metrics import confusion_matrix, macro_accuracy, wilson_interval
+from kdlib.progress import silent
 from kdlib.recipe import FUSED, Part, Recipe
 from kdlib.recipe import LARGEST as LARGEST_RECIPE
 from kdlib.registry import build
@@ -77,7 +77,7 @@ def run(
     """
     if resume is not None and out is not None:
         raise RecipeError("A run that is resumed stays in its folder: leave out=, --out, away.")
-    with quiet(not progress or ranks.rank() > 0):
+    with silent(not progress or ranks.rank() > 0):
         if resume is not None and ranks.once(finished, resume):
             ranks.once(refuse_other, resume, recipe)
             say(f"{resume}: is finished; there is nothing left to do.")
@@ -179,19 +179,6 @@ def read_result(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
     if lacking:
         raise KdlibError(f"{folder}: result.json is not that of a run: it lacks {', '.join(sorted(lacking))}.")
     return dict(result)
-
-
-@contextmanager
-def quiet(wanted: bool) -> Iterator[None]:
-    """Silence the bars of everything below, sources and plugins too: they write to rich's own console."""
-    from rich import get_console
-
-    console = get_console()
-    before, console.quiet = console.quiet, wanted or console.quiet
-    try:
-        yield
-    finally:
-        console.quiet = before
 
 
 def make_data(recipe: Recipe) -> dict[str, DataParts]:

@@ -222,7 +222,7 @@ def _marked(part: DataPart, number: int, key: Key) -> Item:
 def _compare(store: Store, teacher: Any) -> None:
     """Refuse labels that came from another teacher."""
     here = teacher.made_of()["state"]
-    there = list(_states(store.manifest.made_of["source"]))
+    there = [one["state"] for one in teachers_of(store.manifest.made_of["source"])]
     if here not in there:
         raise TapError(
             f"{store.folder}: the soft labels are of another teacher. There {' and '.join(there) or 'none'}, here "
@@ -230,9 +230,9 @@ def _compare(store: Store, teacher: Any) -> None:
         )
 
 
-def _states(source: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the weights of each teacher of a source are known by."""
+def teachers_of(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield what a manifest tells of each teacher of a source, and of those of the sources inside it."""
     if "teacher" in source:
-        yield source["teacher"]["state"]
+        yield source["teacher"]
     for inner in source.get("sources", {}).values():
-        yield from _states(inner)
+        yield from teachers_of(inner)

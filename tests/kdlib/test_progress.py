@@ -7,6 +7,7 @@ import rich
 from rich.console import Console
 
 import kdlib
+from kdlib.progress import silent
 
 
 @pytest.fixture
@@ -35,3 +36,11 @@ def test_a_quiet_console_shows_nothing(console):
     seen = console(force_terminal=True, quiet=True)
     assert list(kdlib.track(range(3), "numbers")) == [0, 1, 2]
     assert seen.file.getvalue() == ""
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_silence_is_for_a_while_and_a_console_that_was_quiet_stays_so(console, wanted):
+    seen, other, quiet = console(force_terminal=True), Console(), Console(quiet=True)
+    with silent(wanted, other, quiet):
+        assert [one.quiet for one in (seen, other, quiet)] == [wanted, wanted, True]
+    assert [one.quiet for one in (seen, other, quiet)] == [False, False, True]
