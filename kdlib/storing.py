@@ -279,17 +279,18 @@ def store_run(
         KdlibError: the folder holds no finished run, or several systems and none was named; or its labels came from
             teachers that it did not keep.
     """
-    result = read_result(run, ("folds", "facts", "classes"))
-    recipe = read(run / "recipe.json", changes)
-    name = _named(run, recipe, system)
-    own = recipe.systems[name]
-    if own.cross_fit is not None:
-        raise KdlibError(
-            f"{run}: its labels came from {own.cross_fit} cross-fitted teachers, which a run does not keep."
-        )
-    folds = make_data(recipe)
-    if list(folds) != result["folds"]:
-        raise KdlibError(f"{run}: the run has the folds {result['folds']}, the data {list(folds)}.")
+    with ranks.together():  # what all refuse is said once
+        result = read_result(run, ("folds", "facts", "classes"))
+        recipe = read(run / "recipe.json", changes)
+        name = _named(run, recipe, system)
+        own = recipe.systems[name]
+        if own.cross_fit is not None:
+            raise KdlibError(
+                f"{run}: its labels came from {own.cross_fit} cross-fitted teachers, which a run does not keep."
+            )
+        folds = make_data(recipe)
+        if list(folds) != result["folds"]:
+            raise KdlibError(f"{run}: the run has the folds {result['folds']}, the data {list(folds)}.")
     stores = []
     for fold, parts in folds.items():
         teacher = make_model(own.teacher.model, result["facts"], own.teacher.train.seed)

@@ -28,7 +28,7 @@ from kdlib.points.crd import Crd
 from kdlib.resuming import Keeping
 from kdlib.sources.class_means import ClassMeans
 from kdlib.sources.ema import Ema
-from kdlib.storing import build_store
+from kdlib.storing import build_store, store_run
 from kdlib.system import outputs
 
 WORLDS = (1, 2, 4)
@@ -271,6 +271,7 @@ def all_of_it(folder):
     found["batch norm"] = normed()
     found["not everywhere"] = not_everywhere(folder / "own")
     found["into a file"] = into_a_file(folder / "blocked")
+    found["of no run"] = caught(store_run, Path("nowhere"), folder / "of no run")
     if ranks.world() <= 2:  # four processes would show no more, and take their time
         found["accumulated and clipped"] = trained(POINTS["both"], accumulate=2, clip=0.05)
         found["the best of few"] = trained(lambda: {"hard": kdlib.HardLabels()}, lr=1.0, patience=1)
@@ -435,11 +436,12 @@ def test_what_one_rank_alone_finds_is_not_gone_on_from(found, world):
             assert f"do not see the same checkpoint; they would go on from the steps 5{', 0' * (world - 1)}." in text
 
 
+@pytest.mark.parametrize(("what", "said"), [("into a file", "cannot be made"), ("of no run", "no finished run")])
 @pytest.mark.parametrize("world", WORLDS)
-def test_logs_that_rank_0_cannot_write_stop_all_ranks(found, world):
-    (kind, text), *others = [one["into a file"] for one in found[world]]
+def test_what_rank_0_refuses_is_its_own_error_and_stops_all_ranks(found, world, what, said):
+    (kind, text), *others = [one[what] for one in found[world]]
     assert kind == "KdlibError"
-    assert "cannot be made" in text
+    assert said in text
     assert others == [("RankError", f"rank 0: KdlibError: {text}")] * (world - 1)
 
 
