@@ -121,6 +121,11 @@ def test_the_shipped_digits_pass():
     assert all(dict(check(read("digits"))).values())
 
 
+def test_nothing_is_said_of_an_optimizer_which_no_recipe_attaches_before_its_training():
+    ((_, report),) = check(read(DIGITS))
+    assert not any("optimizer" in (what + seen) for _, what, seen in report.rows)
+
+
 def test_every_system_is_looked_over():
     one = {key: DIGITS[key] for key in ("teacher", "student", "source", "points")}
     wrong = {**one, "points": {"hidden": {"kind": "hidden_mse"}}}
