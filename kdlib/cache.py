@@ -20,12 +20,12 @@ from kdlib.errors import DataError
 from kdlib.fingerprints import items_of, name_of, source_of, state_of
 from kdlib.interfaces import DataPart
 from kdlib.progress import track
-from kdlib.store import Store, make_store
+from kdlib.store import Store, make_store, rounded
 from kdlib.versions import versions
 
 OWN = ("y", "index", "epoch")
 """Of an item, what is known without reading it."""
-LOSS = "x_error"
+ERROR = "x_error"
 """The array in which a row says by how much its float16 features differ from float32."""
 
 
@@ -141,8 +141,8 @@ def filled(
                 else:
                     store.write(shard, {name: np.stack([one[name] for one in rows]) for name in forms})
                     wrote = True
-    if any(ranks.gathered([wrote])) and ranks.rank() == 0 and LOSS in forms:
-        worst = store.whole(LOSS).max()
+    if any(ranks.gathered([wrote])) and ranks.rank() == 0 and ERROR in forms:
+        worst = store.whole(ERROR).max()
         get_console().print(f"{title}: kept as float16, at most {worst:.2g} from what was computed", markup=False)
     return store
 
@@ -150,8 +150,8 @@ def filled(
 def read_item(store: Store, part: DataPart, index: int) -> dict[str, Any]:
     """Return an item from the store of its part."""
     item: dict[str, Any] = {name: torch.from_numpy(array) for name, array in store[index].items()}
-    if LOSS in item:
-        del item[LOSS]
+    if ERROR in item:
+        del item[ERROR]
         item["x"] = item["x"].float()
     return {**item, "y": int(part.labels[index]), "index": index, "epoch": CLEAN}
 
@@ -170,12 +170,10 @@ def _row(item: Mapping[str, Any], dtype: str, at: str) -> dict[str, np.ndarray]:
         x = arrays["x"]
         if x.dtype != np.float32:
             raise DataError(f"{at}: the features are {x.dtype}; a float16 cache is of float32 features.")
-        with np.errstate(over="ignore", invalid="ignore"):
-            arrays["x"] = x.astype(np.float16)
-            loss = np.abs(x - arrays["x"].astype(np.float32)).max(initial=0)
-        if not np.isfinite(loss):
+        kept, error = rounded(x[None])
+        if not np.isfinite(error).all():
             raise DataError(f"{at}: the features go to {np.abs(x).max():g}; float16 ends at 65504. Cache float32.")
-        arrays[LOSS] = np.asarray(loss)
+        arrays["x"], arrays[ERROR] = kept[0], error.reshape(())
     return arrays
 
 

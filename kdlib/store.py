@@ -306,6 +306,14 @@ def make_store(
     return store
 
 
+def rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return float32 rows as float16, and by how much each then differs at most: no finite number beyond 65504."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        kept = rows.astype(np.float16)
+        error: np.ndarray = np.abs(rows - kept.astype(np.float32)).reshape(len(rows), -1).max(1, initial=0)
+    return kept, error
+
+
 def _read_manifest(path: Path) -> Manifest:
     try:
         if os.path.exists(path) and not os.path.isfile(path):

@@ -29,7 +29,7 @@ from kdlib.run import make_data, place_of, read_result
 from kdlib.settings import LIVE
 from kdlib.sources import SameInput, Stored
 from kdlib.sources.stored import ERROR, SOFT_LABELS, views_of
-from kdlib.store import MANIFEST, SHARD, Store, make_store
+from kdlib.store import MANIFEST, SHARD, Store, make_store, rounded
 from kdlib.taps import Frozen
 from kdlib.versions import versions
 
@@ -188,17 +188,16 @@ class _Labels:
         exact = {name: _exact(name, tap, len(block), self.title) for name, tap in sorted(taps.items())}
         if self.dtype == np.float32:
             return exact
-        kept = {}
-        errors = []
+        kept, errors = {}, []
         for name, array in exact.items():
-            with np.errstate(over="ignore", invalid="ignore"):
-                kept[name] = array.astype(np.float16) if array.dtype == np.float32 else array
-                error = np.abs(array - kept[name].astype(array.dtype)).reshape(len(block), -1).max(1, initial=0)
+            kept[name], error = array, np.zeros(len(block), np.float32)
+            if array.dtype == np.float32:
+                kept[name], error = rounded(array)
             if not np.isfinite(error).all():
                 raise DataError(
                     f"{self.title}: '{name}' goes to {np.abs(array).max():g}; float16 ends at 65504. Store float32."
                 )
-            errors.append(error.astype(np.float32))
+            errors.append(error)
         return {**kept, ERROR: np.stack(errors, 1)}
 
 

@@ -175,6 +175,22 @@ def test_float16_takes_half_the_room_and_its_error_is_kept_and_told(tmp_path, ca
     assert np.abs(taps["logits"].numpy() - truth).max() == error
 
 
+class Marked(Doubled):
+    def __call__(self, batch):
+        taps = super().__call__(batch)
+        return {**taps, "sure": taps["logits"].amax(-1) > 1, "class": taps["logits"].argmax(-1)}
+
+
+def test_float16_leaves_taps_that_are_no_fractions_as_they_are(tmp_path):
+    exact = build_store(Marked(teacher()), part_of(), tmp_path / "whole")
+    half = build_store(Marked(teacher()), part_of(), tmp_path / "half", dtype="float16")
+    for name, dtype in (("sure", "bool"), ("class", "int64")):
+        assert half.manifest.arrays[name].dtype == dtype
+        assert np.array_equal(half.whole(name), exact.whole(name))
+        assert rounding(half)[name] == 0
+    assert rounding(half)["logits"] > 0
+
+
 def test_float16_refuses_what_it_cannot_hold(tmp_path):
     with pytest.raises(kdlib.DataError, match=r"'logits' goes to .*65504"):
         build_store(Doubled(teacher()), part_of(scale=1e6), tmp_path, dtype="float16")
