@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdlib.interfaces import Batch, Taps
 from kdlib.points.maps import VARIANTS, by_largest, length, refuse_shapes, same_size, unit
-from kdlib.points.reduction import one_of, widened
+from kdlib.points.reduction import fixed, one_of, widened
 
 
 def attention_loss(
@@ -31,7 +31,7 @@ def attention_loss(
     """
     one_of("variant", variant, VARIANTS)
     refuse_shapes("attention maps want taps (B, C, T) or (B, C, H, W)", student, teacher)
-    maps = (by_largest(widened(tap)).abs().pow(p).mean(1, keepdim=True) for tap in (student, teacher.detach()))
+    maps = (by_largest(widened(tap)).abs().pow(p).mean(1, keepdim=True) for tap in (student, fixed(teacher)))
     ours, theirs = (unit(one.flatten(1)) for one in same_size(*maps))
     difference = ours - theirs
     return length(difference).mean() if variant == "paper" else difference.square().mean()

@@ -11,7 +11,7 @@ from kdlib.batch import same_shape
 from kdlib.interfaces import Batch, Taps
 from kdlib.points.maps import VARIANTS, same_size
 from kdlib.points.projector import make_projector, projected
-from kdlib.points.reduction import one_of, widened
+from kdlib.points.reduction import fixed, one_of, widened
 
 
 def hint_loss(student: Tensor, teacher: Tensor, *, variant: Literal["paper", "code"] = "code") -> Tensor:
@@ -29,7 +29,7 @@ def hint_loss(student: Tensor, teacher: Tensor, *, variant: Literal["paper", "co
     same_shape(student, teacher)
     one_of("variant", variant, VARIANTS)
     count = len(student) if variant == "paper" else student.numel() // student.shape[1]
-    squared = mse_loss(widened(student), widened(teacher.detach()), reduction="sum")
+    squared = mse_loss(widened(student), widened(fixed(teacher)), reduction="sum")
     return squared * (0.5 / count)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from kdlib.batch import same_shape
 from kdlib.interfaces import Batch, Taps
 from kdlib.points.maps import unit
-from kdlib.points.reduction import widened
+from kdlib.points.reduction import fixed, widened
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
         0.5
     """
     same_shape(student, teacher)
-    ours, theirs = (unit(widened(tap).flatten(1)) for tap in (student, teacher.detach()))
+    ours, theirs = (unit(widened(tap).flatten(1)) for tap in (student, fixed(teacher)))
     return 1 - (ours * theirs).sum(1).mean()
 
 

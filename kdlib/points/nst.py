@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdlib.interfaces import Batch, Taps
 from kdlib.points.maps import refuse_shapes, same_size, unit
-from kdlib.points.reduction import full_precision, one_of
+from kdlib.points.reduction import fixed, full_precision, one_of
 
 Kernel = Literal["polynomial", "linear", "gaussian"]
 
@@ -31,7 +31,7 @@ def selectivity_mmd(
     """
     one_of("kernel", kernel, get_args(Kernel))
     refuse_shapes("neuron selectivity wants taps (B, C, T) or (B, C, H, W)", student, teacher)
-    s, t = (unit(tap.flatten(2)) for tap in same_size(student, teacher.detach()))
+    s, t = (unit(tap.flatten(2)) for tap in same_size(student, fixed(teacher)))
     precise = torch.promote_types(s.dtype, t.dtype)
     s, t = s.to(precise), t.to(precise)
     with full_precision(s):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdlib.batch import same_shape
 from kdlib.errors import KdlibError, TapError
-from kdlib.points.reduction import full_precision, rows_of, widened
+from kdlib.points.reduction import fixed, full_precision, rows_of, widened
 
 
 def logit_rows(
@@ -21,7 +21,7 @@ def logit_rows(
     """
     same_shape(student, teacher)
     positive("temperature", temperature)
-    return rows_of(student, dim, mask) / temperature, rows_of(teacher.detach(), dim, mask) / temperature
+    return rows_of(student, dim, mask) / temperature, rows_of(fixed(teacher), dim, mask) / temperature
 
 
 def relation_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def relation_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             f"the student's tap has shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}; relations in "
             "a batch want as many rows on both sides."
         )
-    return _flat(student), _flat(teacher.detach())
+    return _flat(student), _flat(fixed(teacher))
 
 
 def gram(rows: Tensor) -> Tensor:

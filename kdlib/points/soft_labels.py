@@ -11,7 +11,7 @@ from torch import Tensor
 from kdlib.batch import same_shape
 from kdlib.errors import KdlibError
 from kdlib.interfaces import Batch, Taps
-from kdlib.points.reduction import mean_over_batch, one_of, rows_of
+from kdlib.points.reduction import fixed, mean_over_batch, one_of, rows_of
 from kdlib.schedules import Schedule, Value, value_in
 
 
@@ -43,7 +43,7 @@ def soft_cross_entropy(
         raise KdlibError(f"temperatures are above 0, not {temperature} and {student_temperature}.")
     one_of("soften", soften, ("logits", "posteriors"))
     one_of("form", form, ("cross_entropy", "kl"))
-    z_student, z_teacher = rows_of(student, dim, mask), rows_of(teacher.detach(), dim, mask)
+    z_student, z_teacher = rows_of(student, dim, mask), rows_of(fixed(teacher), dim, mask)
     scores = z_teacher if soften == "logits" else z_teacher.softmax(-1)
     target = F.softmax(scores / temperature, -1)
     log_ratio = F.log_softmax(z_student / student_temperature, -1)

@@ -15,7 +15,7 @@ from kdlib.errors import KdlibError, TapError
 from kdlib.interfaces import Batch, Taps
 from kdlib.points.maps import VARIANTS, same_size
 from kdlib.points.projector import make_projector, projected, unprepared
-from kdlib.points.reduction import one_of, widened
+from kdlib.points.reduction import fixed, one_of, widened
 
 LEAST = 1e-5
 """What is added to every variance, so that none gets to 0 (the authors' value)."""
@@ -39,7 +39,7 @@ def gaussian_nll(
     """
     same_shape(mean, teacher)
     one_of("variant", variant, VARIANTS)
-    mean, teacher = widened(mean), widened(teacher.detach())
+    mean, teacher = widened(mean), widened(fixed(teacher))
     if variance.shape != mean.shape[1:2]:
         raise TapError(f"there are {len(variance)} variances; the taps have shape {tuple(mean.shape)}.")
     variance = variance.view(1, -1, *[1] * (mean.dim() - 2))
