@@ -199,9 +199,7 @@ def checked_taps(output: Any, role: str) -> Taps:
 
     What is no tensor, such as a named output's tuple of all hidden states, is no tap; Tapped picks from it.
     """
-    if type(output) is dict and all(type(tap) is Tensor for tap in output.values()):  # ours are, and found soonest
-        return output
-    if not isinstance(output, Mapping):
+    if not isinstance(output, (dict, Mapping)):  # a dictionary is found sooner
         raise TapError(
             f"The {role} returned {_describe(output)}, not taps. Wrap it: "
             "kdlib.Tapped(model, logits=\"\") names its output 'logits'."
