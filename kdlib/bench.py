@@ -116,22 +116,27 @@ def alone_by_hand(teacher: object, student: nn.Module, batches: Iterable[Any]) -
         optimizer.step()
 
 
+def by_distiller(source: SoftLabelSource, student: nn.Module, batches: Iterable[Any]) -> None:
+    """Do what :func:`by_hand` does by a distiller, for a student that returns its taps."""
+    distiller = Distiller(
+        student,
+        source,
+        soft=(1 - HINT, SoftLabels.hinton(TEMPERATURE)),
+        hint=(HINT, FitNet()),
+    )
+    distiller.prepare(next(iter(batches)))
+    optimizer = distiller.attach(torch.optim.Adam(distiller.parameters()))
+    for batch in batches:
+        losses = distiller(batch)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+
+
 def distilled(source: SoftLabelSource, student: nn.Module, batches: Iterable[Any]) -> None:
-    """Do what :func:`by_hand` does by a distiller, the student's taps read off by hooks."""
-    with Tapped(student, logits="logits", embedding="embedding") as tapped:
-        distiller = Distiller(
-            tapped,
-            source,
-            soft=(1 - HINT, SoftLabels.hinton(TEMPERATURE)),
-            hint=(HINT, FitNet()),
-        )
-        distiller.prepare(next(iter(batches)))
-        optimizer = distiller.attach(torch.optim.Adam(distiller.parameters()))
-        for batch in batches:
-            losses = distiller(batch)
-            optimizer.zero_grad()
-            losses.total.backward()
-            optimizer.step()
+    """Do the same, the student's taps read off by hooks."""
+    with Tapped(student, logits="logits", embedding="embedding") as taps:
+        by_distiller(source, taps, batches)
 
 
 def alternated(loops: Mapping[str, Callable[[], float]], rounds: int, title: str = "rounds") -> dict[str, list[float]]:

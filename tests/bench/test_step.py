@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import kdlib
-from kdlib.bench import HINT, SIZES, TEMPERATURE, Trained, alone_by_hand, by_hand, distilled, made, tapped
-from kdlib.points import FitNet
+from kdlib.bench import HINT, SIZES, TEMPERATURE, Trained, alone_by_hand, by_distiller, by_hand, distilled, made, tapped
 from kdlib.sources import SameInput, Stored
 from kdlib.storing import build_store
 from kdlib_asc.backbones import SpectrogramCNNGRU, WaveCNN
@@ -128,20 +127,6 @@ PEERS = {
 }
 
 
-def own_taps(source, student, batches):
-    """A distiller whose networks return their taps, as the networks of the other loops do."""
-    distiller = kdlib.Distiller(
-        student, source, soft=(1 - HINT, kdlib.SoftLabels.hinton(TEMPERATURE)), hint=(HINT, FitNet())
-    )
-    distiller.prepare(next(iter(batches)))
-    optimizer = distiller.attach(torch.optim.Adam(distiller.parameters()))
-    for batch in batches:
-        losses = distiller(batch)
-        optimizer.zero_grad()
-        losses.total.backward()
-        optimizer.step()
-
-
 NEITHER = {
     "torchdistill": "needs torchvision, which does not import beside torch for CPUs",
     "timm": "needs torchvision, too",
@@ -172,7 +157,7 @@ def test_tiny_network_beside_by_hand_and_beside_other_libraries(compare, keep, t
     teacher, student, _, batches = made(size)
     loops = {
         "kdlib, taps by hooks": Trained(distilled, tapped(teacher), student, batches),
-        "kdlib, the networks' own taps": Trained(own_taps, SameInput(kdlib.freeze(teacher)), student, batches),
+        "kdlib, the networks' own taps": Trained(by_distiller, SameInput(kdlib.freeze(teacher)), student, batches),
         "by hand": Trained(by_hand, teacher, student, batches),
     }
     for name, (module, loop) in PEERS.items():
