@@ -19,9 +19,16 @@ SHARE = "share"
 class NamedTaps(dict[str, Tensor]):
     """Taps of one side. A missing one is an error that names the side and the taps there are."""
 
+    __slots__ = ("side",)
+
     def __init__(self, taps: Mapping[str, Tensor], side: str) -> None:
         super().__init__(taps)
         self.side = side
+
+    @classmethod
+    def of(cls, taps: Mapping[str, Tensor], side: str) -> NamedTaps:
+        """Return the taps themselves where they are named so already."""
+        return taps if isinstance(taps, cls) and taps.side == side else cls(taps, side)
 
     def __missing__(self, name: str) -> NoReturn:
         raise TapError(f"the {self.side} has no tap '{name}'.{did_you_mean(name, self)}")

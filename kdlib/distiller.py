@@ -121,7 +121,7 @@ class Distiller(nn.Module):
 
     def losses(self, student: Taps, teacher: Taps, batch: Batch) -> Losses:
         """Return the losses for taps that are there already (mutual learning, cached taps, own loops)."""
-        student, teacher, batch = NamedTaps(student, "student"), NamedTaps(teacher, "teacher"), self._timed(batch)
+        student, teacher, batch = NamedTaps.of(student, "student"), NamedTaps.of(teacher, "teacher"), self._timed(batch)
         total: Tensor | None = None
         terms: dict[str, Tensor] = {}
         for name, point in self._points.items():
@@ -139,7 +139,7 @@ class Distiller(nn.Module):
                 shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise KdlibError(f"Point '{name}' returned {shape}; a point returns one number, a scalar tensor.")
             terms[name] = loss.detach()
-            total = weight * loss if total is None else total + weight * loss
+            total = weight * loss if total is None else total.add(loss, alpha=weight)
         if total is None:
             raise KdlibError(f"No point has a weight above 0 at step {int(self.step)}: nothing to train on.")
         return Losses(total, terms)
@@ -168,7 +168,7 @@ class Distiller(nn.Module):
                     student, teacher = self._both(batch)
                 for name, point in wanting.items():
                     try:
-                        point.prepare(NamedTaps(student, "student"), NamedTaps(teacher, "teacher"), batch)
+                        point.prepare(NamedTaps.of(student, "student"), NamedTaps.of(teacher, "teacher"), batch)
                     except Exception as error:
                         _blame(error, "point", point, name)
                         raise

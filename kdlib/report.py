@@ -60,7 +60,7 @@ def inspect(
     _check_teachers(source, optimizers, report)
     try:
         teacher_taps = NamedTaps({} if source is None else source(batch), "teacher")
-        student_taps = NamedTaps(checked_taps(call(student, batch["x"]), "student"), "student")
+        student_taps = checked_taps(call(student, batch["x"]), "student")
     except Exception as error:
         report.fail("taps", error)
         return report

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from kdlib.batch import LAYOUTS, layout_of, map_tensors, tensors_in
+from kdlib.batch import LAYOUTS, NamedTaps, layout_of, map_tensors, tensors_in
 from kdlib.errors import TapError, did_you_mean
 from kdlib.fingerprints import digest, name_of, source_of, state_of
 from kdlib.interfaces import Taps
@@ -65,24 +65,25 @@ class Tapped(nn.Module):
         now = self._pass
         now.captured = captured = {}
         now.with_gradient = torch.is_grad_enabled()
-        now.watched = not torch.compiler.is_compiling()
-        now.versions = {}
+        now.versions = None if torch.compiler.is_compiling() else {}
         try:
             output = self._modules["model"](*args, **kwargs)  # type: ignore[misc]  # found sooner than self.model
         finally:
             now.captured = None
         for name, picks in self._own.items():
             captured[name] = _pick(output, picks, name, self)
-        taps = {}
-        for name in self.taps:
-            if name not in captured:
-                path = self.taps[name]
-                raise TapError(f"Tap '{name}' did not fire: module '{path}' was not called in this forward.")
-            taps[name] = captured[name]
-        if now.watched:
-            self._refuse_changed(captured)
-        now.versions = {}
-        return taps
+        for name, version in now.versions.items() if now.versions else ():
+            if captured[name]._version != version:
+                raise TapError(
+                    f"Tap '{name}' was changed in place after module '{self.taps[name]}' returned it, by an in-place "
+                    "layer behind it. Tap that layer, or build it with inplace=False."
+                )
+        try:
+            return {name: captured[name] for name in self.taps}
+        except KeyError as missing:
+            name = missing.args[0]
+            path = self.taps[name]
+            raise TapError(f"Tap '{name}' did not fire: module '{path}' was not called in this forward.") from None
 
     def remove(self) -> None:
         """Take the hooks off the model. The Tapped is of no use afterwards; the model is as it was."""
@@ -100,35 +101,6 @@ class Tapped(nn.Module):
         """Show the taps."""
         return ", ".join(f"{name}={path!r}" for name, path in self.taps.items())
 
-    def _record(self, name: str, picks: _Picks, output: Any) -> None:
-        now = self._pass
-        if now.captured is None:  # the model was called by itself, or is recomputing in a backward
-            return
-        if now.with_gradient and not torch.is_grad_enabled():
-            raise TapError(
-                f"Tap '{name}': module '{self.taps[name]}' ran without gradients, under torch.no_grad or in a "
-                "re-entrant checkpoint; a point on it would train nothing. Use checkpoint(..., use_reentrant=False)."
-            )
-        tap = output if isinstance(output, Tensor) and not picks else _pick(output, picks, name, self)
-        previous = now.captured.get(name)
-        if previous is not None and previous.requires_grad == tap.requires_grad:
-            raise TapError(
-                f"Tap '{name}' fired twice: module '{self.taps[name]}' is used more than once in one forward. "
-                "Tap a module that runs once."
-            )
-        if previous is None or tap.requires_grad:  # of two captures, the one without gradient must not win
-            now.captured[name] = tap
-            if now.watched and not tap.is_inference():
-                now.versions[name] = tap._version
-
-    def _refuse_changed(self, captured: Mapping[str, Tensor]) -> None:
-        for name, version in self._pass.versions.items():
-            if captured[name]._version != version:
-                raise TapError(
-                    f"Tap '{name}' was changed in place after module '{self.taps[name]}' returned it, by an in-place "
-                    "layer behind it. Tap that layer, or build it with inplace=False."
-                )
-
 
 class _Pass:
     """What one forward has recorded so far. No module, whose attributes take microseconds to set."""
@@ -136,8 +108,7 @@ class _Pass:
     def __init__(self) -> None:
         self.captured: dict[str, Tensor] | None = None
         self.with_gradient = False
-        self.watched = False
-        self.versions: dict[str, int] = {}
+        self.versions: dict[str, int] | None = None
 
 
 class _Capture:
@@ -145,11 +116,30 @@ class _Capture:
 
     def __init__(self, owner: Tapped, name: str, picks: _Picks) -> None:
         self.owner = owner
+        self.now = owner._pass
         self.name = name
         self.picks = picks
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.owner._record(self.name, self.picks, output)
+        now, name = self.now, self.name
+        if now.captured is None:  # the model was called by itself, or is recomputing in a backward
+            return
+        if now.with_gradient and not torch.is_grad_enabled():
+            raise TapError(
+                f"Tap '{name}': module '{self.owner.taps[name]}' ran without gradients, under torch.no_grad or in a "
+                "re-entrant checkpoint; a point on it would train nothing. Use checkpoint(..., use_reentrant=False)."
+            )
+        tap = output if isinstance(output, Tensor) and not self.picks else _pick(output, self.picks, name, self.owner)
+        previous = now.captured.get(name)
+        if previous is not None and previous.requires_grad == tap.requires_grad:
+            raise TapError(
+                f"Tap '{name}' fired twice: module '{self.owner.taps[name]}' is used more than once in one forward. "
+                "Tap a module that runs once."
+            )
+        if previous is None or tap.requires_grad:  # of two captures, the one without gradient must not win
+            now.captured[name] = tap
+            if now.versions is not None and not tap.is_inference():
+                now.versions[name] = tap._version
 
 
 def _locate(model: nn.Module, path: str) -> tuple[nn.Module, _Picks]:
@@ -172,7 +162,7 @@ def _pick(output: Any, picks: _Picks, tap: str, owner: Tapped) -> Tensor:
         try:
             if isinstance(value, Tensor):  # an index would take a row of the batch, a name an attribute such as .T
                 raise TypeError
-            value = value[pick] if isinstance(pick, int) or isinstance(value, Mapping) else getattr(value, pick)
+            value = value[pick] if isinstance(pick, int) or isinstance(value, (dict, Mapping)) else getattr(value, pick)
         except (AttributeError, KeyError, IndexError, TypeError):
             path, model = owner.taps[tap], owner.model
             paths = (path for path, _ in model.named_modules() if path)
@@ -204,7 +194,7 @@ def checked_taps(output: Any, role: str) -> Taps:
             f"The {role} returned {_describe(output)}, not taps. Wrap it: "
             "kdlib.Tapped(model, logits=\"\") names its output 'logits'."
         )
-    return {name: tap for name, tap in output.items() if isinstance(tap, Tensor)}
+    return NamedTaps({name: tap for name, tap in output.items() if isinstance(tap, Tensor)}, role)
 
 
 class Frozen:
