@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import kdlib
 from kdlib_asc.backbones import WaveCNN
 from kdlib_asc.backbones._channels_last import Conv, Norm, Pool, Windows
 
@@ -84,6 +85,29 @@ def test_statistics_without_momentum_are_means_over_the_batches():
     for step in (1, 2, 3):
         torch.testing.assert_close(ours(step + noise(3, 4, 5)), theirs(step + noise(3, 4, 5)))
     torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+def test_norm_of_a_long_batch_is_that_in_float64_to_six_digits_with_its_gradients():
+    ours, theirs = Norm(8), nn.BatchNorm1d(8).double()
+    with torch.no_grad():
+        ours.weight.copy_(0.5 + noise(8).abs())
+    theirs.load_state_dict(ours.state_dict())
+    x = (3 + noise(8, 40_000, 8)).transpose(1, 2).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    found, wanted = ours(x), theirs(wide)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=3e-6)
+    slope = noise(8, 40_000, 8).flip(1).transpose(1, 2)
+    found.backward(slope)
+    wanted.backward(slope.double())
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=0, atol=3e-6)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-2)  # of sums of 320,000
+    torch.testing.assert_close(ours.state_dict(), theirs.float().state_dict(), rtol=1e-6, atol=1e-6)
+
+
+def test_norm_of_one_step_is_refused_in_training():
+    with pytest.raises(kdlib.BatchError, match="more than one step"):
+        Norm(4)(noise(1, 4, 1))
 
 
 @torch.no_grad()
