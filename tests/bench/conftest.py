@@ -3,7 +3,8 @@
     pytest tests/bench --figures docs/results/benchmarks.json
 
 The table is written beside the file. Figures that are in the file and are not measured now stay as they are, so a run
-that was stopped goes on with ``-k``. No test here fails on a time.
+that was stopped goes on with ``-k``. Times are process times on one thread; with ``--threads 2`` they are wall times,
+for a file of their own. No test here fails on a time.
 """
 
 import gc
@@ -38,12 +39,16 @@ ORDER = (
 
 def pytest_addoption(parser):
     parser.addoption("--figures", type=Path, help="the JSON file that the figures are put in")
+    parser.addoption("--threads", type=int, default=1, help="of torch; with more than one, times are wall times")
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+def threads(request, monkeypatch):
+    count = request.config.getoption("threads")
+    torch.set_num_threads(count)
     torch.manual_seed(0)
+    if count > 1:  # a thread that waits for another takes process time, too
+        monkeypatch.setattr(time, "process_time", time.perf_counter)
 
 
 @pytest.fixture

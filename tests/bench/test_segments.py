@@ -11,8 +11,8 @@ from kdlib_asc.sources import MultiSegment
 
 pytestmark = pytest.mark.timeout(3600)
 NETWORKS = {"spectrogram": (SpectrogramCNNGRU, (2, 249, 256), -2), "raw": (WaveCNN, (2, 479_999), -1)}
-CLIPS, BATCH, PAIRS, DRAWS = 8, 8, 2, 16
-ROUNDS = 5
+CLIPS, BATCH, PAIRS, DRAWS = 24, 8, 2, 16
+ROUNDS = 7
 
 
 class Batches(DataLoader):
