@@ -60,7 +60,7 @@ def test_every_version_of_an_extra_is_pinned():
     extras = PROJECT["optional-dependencies"]
     wanted = [
         *PROJECT["dependencies"],
-        *(one for extra in ("asc", "dev", "docs", "integrations") for one in extras[extra]),
+        *(one for extra in ("asc", "bench", "dev", "docs", "integrations") for one in extras[extra]),
     ]
     names = {plain(re.match(r"[\w.-]+", one)[0]) for one in wanted} - {"kdlib-asc"}
     assert names <= pinned
