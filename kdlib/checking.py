@@ -45,9 +45,9 @@ def check(recipe: Recipe) -> Iterator[tuple[str, Report]]:
         with named(recipe.data, system.features, system.source):
             if system.stored:  # soft labels of the whole part, and of no other
                 cache = make_cache(recipe.cache, system.features, facts)
-                distiller, batch = built(name, system, parts.train, parts, facts, cache)
+                distiller, _, batch = built(name, system, parts.train, parts, facts, cache)
             else:
-                distiller, batch = built(name, system, Few(parts.train), parts, facts)
+                distiller, _, batch = built(name, system, Few(parts.train), parts, facts)
         report = distiller.prepare(batch).check(batch)
         report.rows = [row for row in report.rows if row[1] != "optimizer"]  # the training makes and attaches it
         yield name, report
@@ -60,8 +60,8 @@ def built(
     parts: DataParts,
     facts: Mapping[str, Any],
     cache: Cache | None = None,
-) -> tuple[Distiller, Batch]:
-    """Return a system's distiller and a batch of some of its training data; stored soft labels of few are any."""
+) -> tuple[Distiller, DataPart, Batch]:
+    """Return a system's distiller, what it trains on and a batch of that; stored soft labels of few are any."""
     features: Any = None if system.features is None else make_features(system.features, facts)
     if hasattr(features, "fit"):
         fit_features(features, some, cache)
@@ -83,7 +83,7 @@ def built(
         elif hasattr(source, "dataset"):
             train = source.dataset(train)
     size = min(system.student.train.batch, len(some))
-    return distiller, next(Loader(train, batch=size, keyed=True).epoch(0))
+    return distiller, train, next(Loader(train, batch=size, keyed=True).epoch(0))
 
 
 def _of_first(part: DataPart, key: tuple[int, int]) -> Mapping[str, Any]:

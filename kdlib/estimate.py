@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib.batch import LAYOUTS, call, map_tensors
 from kdlib.blocks import Train
@@ -24,6 +24,7 @@ from kdlib.place import threads_set
 from kdlib.points import HardLabels
 from kdlib.recipe import Part, Recipe, System
 from kdlib.run import make_data
+from kdlib.taps import teachers_in
 
 TRIED = 16
 """Rows of a step that is tried; the whole batch where that is quick. With fewer, the memory that a step asks the system
@@ -60,9 +61,9 @@ class Estimate:
     """Of one fold."""
     folds: int
     other: float
-    """Seconds a fold for features that are kept, and for scoring."""
+    """Seconds a fold for features that are kept, for what a teacher computes once, and for scoring."""
     kept: int
-    """Bytes of clips and features in memory, at most."""
+    """Bytes of clips, of features and of what a source keeps of each clip in memory, at most."""
     program: int
     """Bytes of the program itself."""
 
@@ -102,23 +103,26 @@ def estimate(recipe: Recipe) -> Estimate:
     other, kept = 0.0, _kept(parts.train)
     for name, system in recipe.systems.items():
         with threads_set(system.student.train.threads):
-            own, of_fold, features = _of_system(name, system, parts, recipe.cache is not None)
+            own, of_fold, in_memory = _of_system(name, system, parts, recipe.cache is not None)
         costs += own
         other += of_fold
-        kept += features
+        kept += in_memory
     return Estimate(costs, len(folds), other, kept, _resident())
 
 
 def _of_system(name: str, system: System, parts: DataParts, cached: bool) -> tuple[list[Cost], float, int]:
-    """Return the costs of a system's trainings, the other seconds of a fold, and the bytes of features in memory."""
+    """Return the costs of a system's trainings, the other seconds of a fold, and the bytes kept in memory."""
     few = Few(parts.train)
     train, valid, test = len(parts.train), len(parts.valid or ()), len(parts.test)
     item, size = _item(system, parts)
     fits = system.features is not None and (cached or train * size <= MEMORY)
     with torch.random.fork_rng():
-        distiller, batch = built(name, system, few, parts, facts_of(parts))
-        forward = _forward(distiller.student, batch)
-        drawn = _numbers(batch) / _numbers({"x": batch["x"]})  # a source may load more than the student's input
+        distiller, joined, batch = built(name, system, few, parts, facts_of(parts))
+        forward = _forward(distiller.student.eval(), batch)
+        # A source may keep in memory what its teacher makes of each clip, or load more than the student's input.
+        kept = _kept(joined) * (train + valid) // len(few)
+        labelling = sum(_forward(teacher, batch) for teacher in teachers_in(distiller.source)) if kept else 0.0
+        drawn = 1.0 if kept else _numbers(batch) / _numbers({"x": batch["x"]})
         costs = []
         for one in _trainings(system, train):
             at_work = distiller
@@ -135,7 +139,8 @@ def _of_system(name: str, system: System, parts: DataParts, cached: bool) -> tup
     networks = 1 + (system.source is not None) * (1 + system.control)
     scoring = networks * (train + test) * (forward + (0.0 if fits else item))
     reading = (train + valid + test) * item if fits else 0.0
-    return costs, reading + scoring, (train + valid + test) * size if fits and not cached else 0
+    features = (train + valid + test) * size if fits and not cached else 0
+    return costs, reading + scoring + (train + valid) * labelling, features + kept
 
 
 def _trainings(system: System, rows: int) -> Iterator[_Training]:
@@ -213,11 +218,10 @@ def _peak(function: Callable[[], object]) -> int:
     return max(0, 1024 * int(mark) - before)
 
 
-def _forward(model: nn.Module, batch: Mapping[str, Any]) -> float:
-    """Return the seconds that a row takes in eval mode."""
+def _forward(model: Callable[..., Any], batch: Mapping[str, Any]) -> float:
+    """Return the seconds that a row takes a model in eval mode."""
     rows = min(TRIED, len(batch["index"]))
     x = _first(batch, rows)["x"]
-    model.eval()
     with torch.inference_mode():
         call(model, x)
         return _quickest(lambda: call(model, x)) / rows

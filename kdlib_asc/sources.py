@@ -268,6 +268,11 @@ class _Kept:
     tails: Tensor | None = None
     heads: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """All of it, in bytes."""
+        return sum(one.nbytes for one in (self.frames, self.tails, self.heads) if one is not None)
+
     def of(self, clips: list[int]) -> dict[str, Tensor]:
         """Return the frames of some clips, (S, frames, D), and the windows around their junctions, (S - 1, ...)."""
         frames = {"frames": self.frames[clips]}
@@ -294,6 +299,10 @@ class _Joined:
 
     def __len__(self) -> int:
         return len(self.part)
+
+    def memory(self) -> int:
+        """Return the bytes that are kept of the clips for the teacher."""
+        return 0 if self._kept is None else self._kept.nbytes
 
     def __getitem__(self, key: tuple[int, int]) -> Mapping[str, Any]:
         epoch, index = key
