@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from kdlib.cli import app
 from kdlib.doctor import advise, describe
 from kdlib.errors import KdlibError
+from kdlib.recipe import read
 
 SOUND = {
     "system": "Linux",
@@ -104,8 +105,22 @@ def test_little_memory_of_the_machine_or_of_a_limit_is_noticed():
     assert of("memory", memory=None, available=None) == ("memory", "not known", "", "")
 
 
+def test_a_machine_that_trains_on_a_gpu_is_told_nothing_of_its_processors_arithmetic():
+    changes = {"gpus": ["A Card"], "allocator": "glibc", "units": ["avx512_bf16"]}
+    assert [one.about for one in advise(SOUND | changes) if one.why] == []
+
+
+def test_every_line_for_a_recipe_is_one_that_a_shipped_recipe_takes(tmp_path):
+    poor = {"units": [], "disk": 0, "memory": 10**9, "available": 10**9}
+    lines = [one.line for one in advise(SOUND | poor) if one.line.startswith("kdlib run RECIPE ")]
+    assert len(lines) == 3
+    for line in lines:
+        changes = [f"data.root={tmp_path}", *line.removeprefix("kdlib run RECIPE --set ").split(" --set ")]
+        assert read("asc_dcase2018", changes).dump() != read("asc_dcase2018", changes[:1]).dump()
+
+
 def test_a_full_disk_a_driver_without_a_torch_for_it_and_no_compiler_are_noticed():
-    assert "float16" in of("disk", disk=1_000_000_000).line
+    assert "float16" in of("disk", disk=30_000_000_000).line
     assert "pip install" in of("GPU", driver=True).line
     assert of("GPU", gpus=["A Card"], driver=True).line == ""
     assert of("C++ compiler", compiler=None).line == "apt-get install g++"
