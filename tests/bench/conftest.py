@@ -21,20 +21,14 @@ import torch
 from kdlib.bench import Ratio
 
 ROUNDS = 9
-ORDER = (
-    "tiny",
-    "spectrogram",
-    "stored",
-    "epoch",
-    "1 draws",
-    "16 draws",
-    "log-mel",
-    "cached",
-    "store",
-    "import",
-    "wait",
-)
-"""Of the table, by what a figure's name begins with."""
+SAME = ("", "final weights differ by 0")
+"""What the page says of all loops at once."""
+GROUPS = {
+    "A distiller's step": ("tiny", "spectrogram"),
+    "What a teacher adds": ("stored", "epoch", "1 draws", "16 draws", "frames"),
+    "Data and the rest": ("log-mel", "cached", "store:", "import", "waiting"),
+}
+"""Of the page: titles, and what a figure's name begins with, in order."""
 
 
 def pytest_addoption(parser):
@@ -124,29 +118,58 @@ def machine():
 
 
 def table(figures):
-    """Return the figures as a page: what is measured in turn first, then what stands by itself."""
-    figures = dict(sorted(figures.items(), key=lambda item: place(item[0])))
-    lines = ["| what | beside | ratio | least to largest | rounds | checked |", "|---|---|---:|---:|---:|---|"]
-    for figure in figures.values():
-        if "ratio" not in figure:
-            continue
-        median, least, largest = map(written, figure["ratio"])
-        times = " times cheaper" if figure["cheaper"] else ""
-        ours, theirs = (readable(seconds) for seconds in figure["seconds"])
-        lines.append(
-            f"| {figure['what']}: {figure['ours']} ({ours}) | {figure['beside']} ({theirs}) | **{median}**{times} | "
-            f"{least} to {largest} | {figure['rounds']} | {figure['checked']} |"
-        )
-    single = [figure for figure in figures.values() if "value" in figure]
-    if single:
-        lines += ["", "| what | measured |", "|---|---|"]
-        lines += [f"| {figure['what']} | {figure['value']} |" for figure in single]
+    """Return the figures as a page in groups: what is measured in turn first, then what stands by itself."""
+    parts = []
+    for title, begins in GROUPS.items():
+        own = [(name, figure) for begin in begins for name, figure in sorted(figures.items()) if name.startswith(begin)]
+        ratios = {name: figure for name, figure in own if "ratio" in figure}
+        several = {}  # comparisons of more than one of ours with more than one other
+        for name, figure in ratios.items():
+            several.setdefault(name.partition(":")[0], {}).setdefault(figure["ours"], {})[figure["beside"]] = figure
+        several = {name: ours for name, ours in several.items() if min(len(ours), *map(len, ours.values())) > 1}
+        parts.append(f"### {title}")
+        parts += map(beside_each_other, several.values())
+        rest = [figure for name, figure in ratios.items() if name.partition(":")[0] not in several]
+        if rest:
+            parts.append(one_a_row(rest))
+        single = [figure for _, figure in own if "value" in figure]
+        if single:
+            lines = ["| what | measured |", "|---|---|"]
+            parts.append("\n".join(lines + [f"| {figure['what']} | {figure['value']} |" for figure in single]))
     machines = " / ".join(dict.fromkeys(figure["machine"] for figure in figures.values()))
-    return "\n".join([*lines, "", f"Measured on {machines}.", ""])
+    return "\n\n".join([*parts, f"Measured on {machines}.", ""])
 
 
-def place(name):
-    return next(number for number, begin in enumerate(ORDER) if name.startswith(begin)), name
+def one_a_row(figures):
+    """Return a table of comparisons, a row each."""
+    lines = ["| what | beside | ratio | least to largest | rounds |", "|---|---|---:|---:|---:|"]
+    for figure in figures:
+        ratio, spread = cells(figure)
+        ours, theirs = map(readable, figure["seconds"])
+        checked = "" if figure["checked"] in SAME else f"; {figure['checked']}"
+        lines.append(
+            f"| {figure['what']}: {figure['ours']} ({ours}){checked} | {figure['beside']} ({theirs}) | {ratio} | "
+            f"{spread} | {figure['rounds']} |"
+        )
+    return "\n".join(lines)
+
+
+def beside_each_other(by_ours):
+    """Return a table of several of ours beside the same others, a column each."""
+    first = next(iter(by_ours.values()))
+    heads = [f"{ours} ({readable(next(iter(own.values()))['seconds'][0])})" for ours, own in by_ours.items()]
+    some = next(iter(first.values()))
+    lines = [f"| {some['what']}, {some['rounds']} rounds | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for beside, figure in sorted(first.items(), key=lambda item: item[1]["seconds"][1]):
+        row = [" ".join((ratio, f"({spread})")) for ratio, spread in (cells(own[beside]) for own in by_ours.values())]
+        lines.append(f"| {beside} ({readable(figure['seconds'][1])}) | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def cells(figure):
+    """Return a ratio and its range in words."""
+    median, least, largest = map(written, figure["ratio"])
+    return f"**{median}**{' times cheaper' if figure['cheaper'] else ''}", f"{least} to {largest}"
 
 
 def written(ratio):

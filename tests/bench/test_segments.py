@@ -1,5 +1,7 @@
 """What a teacher of several segments costs where its frames are kept, beside the student alone and beside joining."""
 
+import time
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -47,9 +49,23 @@ def test_an_epoch_with_reused_frames_beside_the_student_alone(compare, name, seg
     alone = Trained(alone_by_hand, None, student, Batches(TensorDataset(x, labels), BATCH, shuffle=True), 0)
     source = MultiSegment(teacher, part, segments=segments, join="frames", view="clean", time_axis=axis)
     ours = Trained(distilled, source, student, Epochs(source.dataset(part)), 0)
-    what = f"an epoch, {name} network"
+    what = f"a step, {name} network, {BATCH} clips of 10 s"
     title = f"teacher of {segments} segments, frames kept"
     compare(f"epoch, {name}", what, {title: ours}, {"student alone, by hand": alone}, rounds=ROUNDS)
+
+
+@pytest.mark.parametrize("join", ["exact", "frames"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_kept_of_a_clip_and_what_it_costs_once(keep, name, join):
+    network, shape, axis = NETWORKS[name]
+    part = kdlib.TensorPart(torch.randn(CLIPS, *shape), [0] * CLIPS)
+    source = MultiSegment(kdlib.freeze(network(classes=10)), part, segments=2, join=join, view="clean", time_axis=axis)
+    source.dataset(part)  # warms up
+    started = time.process_time()
+    kept = source.dataset(part)
+    seconds = time.process_time() - started
+    value = f"{1e3 * seconds / CLIPS:.0f} ms and {kept.memory() / CLIPS / 1e3:,.0f} kB a clip"
+    keep(f"frames, {name}, {join}", what=f'once for the whole training, {name} network, join="{join}"', value=value)
 
 
 @pytest.mark.parametrize("join", ["exact", "frames"])
