@@ -19,6 +19,7 @@ from kdlib.data import CLEAN
 from kdlib.errors import DataError
 from kdlib.fingerprints import items_of, name_of, source_of, state_of
 from kdlib.interfaces import DataPart
+from kdlib.points.reduction import one_of
 from kdlib.progress import track
 from kdlib.store import Store, make_store, rounded
 from kdlib.versions import versions
@@ -41,14 +42,21 @@ class Cache:
     Args:
         folder: is made where it is missing. Processes and runs may share it.
         dtype: ``float32`` keeps features as they are computed, bit for bit. ``float16`` takes half the room: float32
-            features are rounded to 11 significant bits (relative error up to 2^-11, 0.05 %; values above 65504 are
-            refused), and read back as float32.
+            features are rounded to 11 significant bits (relative error up to 2^-11, 0.05 %, or absolute up to 2^-25
+            below 2^-14; from 65520 on, which would round beyond the largest, 65504, values are refused), and read back
+            as float32.
         made_by: the kind and the settings of the features, and what else they depend on, as JSON has it.
+
+    Raises:
+        KdlibError: there is no such ``dtype``.
     """
 
     folder: Path
     dtype: Literal["float32", "float16"] = "float32"
     made_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, ("float32", "float16"))
 
     def place(self, made_of: Mapping[str, Any]) -> Path:
         """Return the folder of the store that is made of this."""

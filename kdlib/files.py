@@ -60,8 +60,13 @@ def require_room(folder: Path, size: int) -> None:
         raise KdlibError(f"{folder}: {size:,} bytes will be written, and {free:,} are free there.")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
     """Write beside the path, flush to disk, and rename over it.
+
+    Args:
+        path: of the file.
+        data: all of it.
+        replace: whether to replace a file that is there. Else it stays as it is, without an error.
 
     Raises:
         KdlibError: it cannot be written; what was there is as it was.
@@ -73,7 +78,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        if replace:
+            beside.replace(path)
+        else:
+            _link(beside, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -83,6 +91,17 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise KdlibError(f"{path}: {len(data):,} bytes cannot be written: {reason(error)}.") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _link(beside: Path, path: Path) -> None:
+    """Give a file a second name, if nothing has it: of several processes at once, one does."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links, where who comes between the two lines is replaced
+        if not os.path.lexists(path):
+            beside.replace(path)
 
 
 def append(path: Path, data: bytes) -> None:

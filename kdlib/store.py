@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import safetensors.numpy
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from kdlib.errors import DataError
@@ -31,6 +31,8 @@ SEAL = re.compile(r"(\d{5}|[1-9]\d{5,})\.safetensors\.sha256")
 """The name of what is written last of a shard."""
 SHOWN = 10
 """Differences between two manifests that a message spells out."""
+OWNER = "manifest"
+"""The note of a shard that holds the sha256 of the manifest that it was written under."""
 
 Whole = Annotated[int, Field(ge=0)]
 Dtype = Literal[
@@ -48,16 +50,20 @@ class Form(Strict):
 class Manifest(Strict):
     """What a store is: what its maker says that it was made of, and how it lies on disk."""
 
-    store: Literal[1] = 1
+    store: Literal[2] = 2
     made_of: dict[str, Any]
+    made_with: dict[str, Any] = {}  # noqa: RUF012
     rows: Whole
     shard_rows: Annotated[int, Field(ge=1)]
     arrays: dict[str, Form]
 
+    def sha256(self) -> str:
+        """Return the checksum that is written into it."""
+        return hashlib.sha256(_json(self.model_dump()).encode()).hexdigest()
+
     def text(self) -> str:
         """Return the manifest as it is written, with its own checksum: there is one text for one manifest."""
-        plain = self.model_dump()
-        return _json({**plain, "sha256": hashlib.sha256(_json(plain).encode()).hexdigest()})
+        return _json({**self.model_dump(), "sha256": self.sha256()})
 
 
 class Store:
@@ -65,8 +71,9 @@ class Store:
 
     In the folder are ``manifest.json``, which holds its own checksum, and the shards ``00000.safetensors``, ...: row
     ``r`` is in shard ``r // shard_rows``. A shard counts once ``00000.safetensors.sha256`` (as ``sha256sum -c`` reads
-    it) stands beside it, which is written last. Since the shard follows from the row, and its bytes from its rows, all
-    who write a shard write the same.
+    it) stands beside it, which is written last. A shard names the sha256 of its manifest: one that was left by another
+    store is not taken. Since the shard follows from the row, and its bytes from its rows, all who write a shard write
+    the same.
 
     A copy that was pickled, for a loader's worker, opens the shards anew.
 
@@ -77,7 +84,8 @@ class Store:
         manifest: what the store is.
 
     Raises:
-        DataError: there is no store, or its manifest is damaged. On reading: a shard is missing or damaged.
+        DataError: there is no store, or its manifest is damaged. On reading: a shard is missing, damaged, or of another
+            manifest.
         IndexError: on reading a row that there is not.
 
     Example:
@@ -95,6 +103,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = _read_manifest(folder / MANIFEST)
+        self._sha256 = self.manifest.sha256()
         self._opened: dict[int, list[memoryview]] = {}
         self._forms: list[tuple[str, np.dtype, tuple[int, ...], int]] = []
         for name, form in self.manifest.arrays.items():
@@ -142,14 +151,15 @@ class Store:
         given = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
         if given != wanted:
             raise ValueError(f"{self.path(shard)} takes {wanted}, not {given}")
-        data = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        data = safetensors.numpy.save(plain, metadata={OWNER: self._sha256})
         path = self.path(shard)
         self._opened.pop(shard, None)
         write_atomically(path, data)
         write_atomically(_beside(path), _seal(path, data))
 
     def written(self, shard: int) -> bool:
-        """Return whether a shard was written to its end; :meth:`check` says whether it still is what was written."""
+        """Return whether a shard was written to its end, perhaps under another manifest: it was not looked at."""
         return _beside(self.path(shard)).exists()
 
     def finished(self) -> list[int]:
@@ -158,11 +168,11 @@ class Store:
         return sorted(int(match[1]) for match in found if match and int(match[1]) < self.shards)
 
     def check(self, shard: int) -> None:
-        """Refuse a shard that is missing or damaged, with its name (DataError)."""
+        """Refuse a shard that is missing, damaged or of another manifest (DataError), unless it is open already."""
         self._open(shard)
 
     def intact(self, shard: int) -> bool:
-        """Return whether a shard is written and as it was written; say so (a warning) where it is damaged."""
+        """Return whether a shard is written and passes :meth:`check`; say so (a warning) where it does not."""
         if not self.written(shard):
             return False
         try:
@@ -243,6 +253,12 @@ class Store:
         try:
             start = 8 + int.from_bytes(data[:8], "little")
             header = parse_json(bytes(data[8 : min(start, LARGEST)]))
+            owner = header["__metadata__"][OWNER]
+            if owner != self._sha256:
+                raise DataError(
+                    f"{path}: belongs to another store. Its {MANIFEST} has the sha256 {_short(owner)}, the one here "
+                    f'"{self._sha256}". Build this store again, or put that {MANIFEST} back.'
+                )
             arrays = []
             for name, _, _, length in self._forms:
                 first, last = header[name]["data_offsets"]
@@ -262,6 +278,7 @@ def make_store(
     rows: int,
     row: Callable[[], Mapping[str, np.ndarray]],
     shard_rows: int | None = None,
+    made_with: Mapping[str, Any] | None = None,
 ) -> Store:
     """Make a store, or open the one that was made of the same, to write what it lacks.
 
@@ -272,6 +289,8 @@ def make_store(
         row: returns one row, for names, types and shapes; it is called where there is no store yet.
         shard_rows: rows a shard, at least 1: what is lost when a writer is killed, and held in memory twice while it is
             written. Default: what fits into 32 MiB, or what the store that is there has.
+        made_with: what the last bits of its rows depend on as well, such as versions. It is kept, and not compared:
+            who writes a shard calls :func:`require_same` before.
 
     Raises:
         DataError: the folder holds a store of something else, and the text says what differs. Or its manifest is
@@ -287,18 +306,14 @@ def make_store(
                 raise DataError(f"{folder}: '{name}' is {array.dtype}; a store keeps {', '.join(get_args(Dtype))}.")
         size = shard_rows or max(1, SHARD // max(1, sum(array.nbytes for array in arrays.values())))
         forms = {name: {"dtype": array.dtype.name, "shape": list(array.shape)} for name, array in arrays.items()}
-        text = Manifest.model_validate({**plain, "shard_rows": size, "arrays": forms}).text().encode()
+        whole = {**plain, "made_with": dict(made_with or {}), "shard_rows": size, "arrays": forms}
+        text = Manifest.model_validate(whole).text().encode()
         if len(text) > LARGEST:
             raise DataError(f"{folder / MANIFEST}: a manifest has at most {LARGEST} bytes, this one {len(text)}.")
-        write_atomically(folder / MANIFEST, text)
+        write_atomically(folder / MANIFEST, text, replace=False)  # somebody else's, made meanwhile, is compared below
     remove_left_over(folder)
     store = Store(folder)
-    asked = plain if shard_rows is None else {**plain, "shard_rows": shard_rows}
-    found = differences(store.manifest.model_dump(include=set(asked)), asked)
-    if found:
-        raise DataError(
-            f"{folder}: was made of something else. Name another folder, or delete this one.\n{listed(found)}"
-        )
+    require_same(store, **plain, **({} if shard_rows is None else {"shard_rows": shard_rows}))
     missing = rows - sum(len(store.span(shard)) for shard in store.finished())
     if missing:  # what can be known before hours of computing is said before them
         make_folder(folder)
@@ -306,8 +321,17 @@ def make_store(
     return store
 
 
+def require_same(store: Store, **asked: Any) -> None:
+    """Refuse a store whose manifest says something else than is asked of it, by key (DataError)."""
+    found = differences(store.manifest.model_dump(include=set(asked)), asked)
+    if found:
+        raise DataError(
+            f"{store.folder}: was made of something else. Name another folder, or delete this one.\n{listed(found)}"
+        )
+
+
 def rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return float32 rows as float16, and by how much each then differs at most: no finite number beyond 65504."""
+    """Return float32 rows as float16, and by how much each then differs at most: no finite number from 65520 on."""
     with np.errstate(over="ignore", invalid="ignore"):
         kept = rows.astype(np.float16)
         error: np.ndarray = np.abs(rows - kept.astype(np.float32)).reshape(len(rows), -1).max(1, initial=0)
@@ -329,6 +353,9 @@ def _read_manifest(path: Path) -> Manifest:
         if manifest.text().encode() == data:
             return manifest
         reason = "its sha256 is of something else"
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
     except (ValueError, KeyError, TypeError) as error:
         reason = str(error).partition("\n")[0]
     raise DataError(f"{path}: damaged, or not a store's: {reason}. Delete the folder and make it anew.")

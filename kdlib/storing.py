@@ -24,12 +24,13 @@ from kdlib.fingerprints import data_of, settings_of
 from kdlib.interfaces import DataPart, DataParts, SoftLabelSource, Taps
 from kdlib.keyed import default_generators_keyed
 from kdlib.place import device_of, threads_set
+from kdlib.points.reduction import one_of
 from kdlib.recipe import Recipe, System, read
 from kdlib.run import make_data, place_of, read_result
 from kdlib.settings import LIVE
 from kdlib.sources import SameInput, Stored
 from kdlib.sources.stored import ERROR, SOFT_LABELS, views_of
-from kdlib.store import MANIFEST, SHARD, Store, make_store, rounded
+from kdlib.store import MANIFEST, SHARD, Store, make_store, require_same, rounded
 from kdlib.taps import Frozen
 from kdlib.versions import versions
 
@@ -53,9 +54,12 @@ def build_store(
     """Run a source over a data part, without augmentation and in ``views`` epochs, and store every tap that it returns.
 
     A build that was killed goes on where it was, by shards. Under torchrun (``RANK`` and ``WORLD_SIZE``), or where
-    ``torch.distributed`` is initialised, each process writes its share of the shards. The bytes do not depend on the
-    number of processes: a sample's taps vary in the last bits with the batch that it sits in, and here a batch is cut
-    at the same samples by all; for the same reason batch, kind of device and threads are in the manifest.
+    ``torch.distributed`` is initialised, each process writes its share of the shards. In a process group it waits for
+    the others; without one it returns when its share is written, and says how many shards are missing then.
+
+    The bytes do not depend on the number of processes: a sample's taps vary in the last bits with the batch that it
+    sits in, and here a batch is cut at the same samples by all. They vary with the kind of device, the threads and the
+    versions as well; these are in the manifest, and compared as long as a shard is missing or damaged.
 
     Args:
         source: holds frozen teachers and does not change during training.
@@ -64,7 +68,8 @@ def build_store(
         views: epochs to draw, from 0. 0 stores the view without augmentation alone, which is what validation wants.
             Where nothing changes from epoch to epoch, that view is stored alone and serves for all.
         dtype: ``float16`` takes half the room: taps are rounded to 11 significant bits (relative error up to 2^-11,
-            values above 65504 are refused). The largest error of each tap is kept, and told.
+            or absolute up to 2^-25 below 2^-14; from 65520 on, which would round beyond the largest, 65504, values are
+            refused). The largest error of each tap is kept, and told.
         batch: samples that the teacher sees at once.
         seed: keys what a source draws from torch's default generators.
         device: where the teacher runs; ``auto`` takes CUDA where there is one.
@@ -78,6 +83,7 @@ def build_store(
         DataError: what the taps depend on cannot be told; or the folder holds a store of something else, and the text
             says what differs.
         TapError: the source changes during training, or its taps are not one entry a row.
+        KdlibError: there is no such ``dtype``; or the store cannot be written.
 
     Example:
         >>> import tempfile, torch, kdlib
@@ -89,6 +95,7 @@ def build_store(
     """
     if views < 0 or batch < 1:
         raise KdlibError(f"views is at least 0 and batch at least 1, not {views} and {batch}.")
+    one_of("dtype", dtype, ("float32", "float16"))
     if not len(part):
         raise DataError(f"{title}: the data part is empty.")
     place, folder = device_of(device), Path(folder)
@@ -106,14 +113,16 @@ def build_store(
             "dtype": dtype,
             "block": batch,
             "seed": seed,
+        }
+        made_with = {
             "device": place.type,
             "threads": torch.get_num_threads(),
             "versions": versions("kdlib-asc", "torch", "numpy"),
         }
         teacher = _Labels(source, wrapped, drawn, dtype, place, seed, title)
         with ranks.together():
-            store = _opened(folder, made_of, teacher, len(part), batch)
-        _fill(store, teacher, batch, title)
+            store = _opened(folder, made_of, made_with, teacher, len(part), batch)
+        _fill(store, made_with, teacher, batch, title)
     return store
 
 
@@ -208,7 +217,14 @@ def _exact(name: str, tap: Tensor, rows: int, title: str) -> np.ndarray:
     return array
 
 
-def _opened(folder: Path, made_of: Mapping[str, Any], teacher: _Labels, samples: int, batch: int) -> Store:
+def _opened(
+    folder: Path,
+    made_of: Mapping[str, Any],
+    made_with: Mapping[str, Any],
+    teacher: _Labels,
+    samples: int,
+    batch: int,
+) -> Store:
     """Return the store in a folder, which is made where there is none: its shards are of whole batches."""
     views = len(teacher.epochs)
     row: dict[str, np.ndarray] = {}
@@ -218,10 +234,12 @@ def _opened(folder: Path, made_of: Mapping[str, Any], teacher: _Labels, samples:
         block = batch * views
         size = block * max(1, sum(array.nbytes for array in row.values()))
         shard_rows = block * max(1, min(BLOCKS, SHARD // size))
-    return make_store(folder, made_of, rows=samples * views, row=lambda: row, shard_rows=shard_rows)
+    return make_store(
+        folder, made_of, rows=samples * views, row=lambda: row, shard_rows=shard_rows, made_with=made_with
+    )
 
 
-def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
+def _fill(store: Store, made_with: Mapping[str, Any], teacher: _Labels, batch: int, title: str) -> None:
     """Write this process's share of what a store lacks."""
     from rich import get_console
     from rich.progress import Progress
@@ -237,13 +255,24 @@ def _fill(store: Store, teacher: _Labels, batch: int, title: str) -> None:
         task = bar.add_task(title, total=len(mine))
         for shard in mine:
             if not store.intact(shard):
+                require_same(store, made_with=made_with)
                 rows = store.span(shard)
                 samples = range(rows.start // views, rows.stop // views)
                 blocks = [samples[start : start + batch] for start in range(0, len(samples), batch)]
                 store.write(shard, teacher.of(blocks))
                 wrote = True
             bar.advance(task)
-    if any(ranks.gathered([wrote])) and rank == 0 and len(store.finished()) == store.shards:
+    missing = store.shards - len(store.finished())
+    if missing:  # without a process group nobody has waited
+        get_console().print(
+            f"{title}: rank {rank} of {world} has written its share; {missing} of {store.shards} shards are missing, "
+            f"which other ranks write. 'kdlib store info {store.folder}' tells how many there are, and 'kdlib store "
+            "verify' whether they are whole.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if any(ranks.gathered([wrote])) and rank == 0 and not missing:
         for name, error in rounding(store).items():
             get_console().print(
                 f"{title}: '{name}' kept as float16, at most {error:.2g} from what was computed", markup=False

@@ -17,6 +17,7 @@ import kdlib.store
 from kdlib import cache as cache_module
 from kdlib.cache import Cache, fit_features
 from kdlib.featured import Featured
+from kdlib.store import Store
 
 FORK = multiprocessing.get_context("fork")
 
@@ -349,6 +350,23 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 # float16
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "half", "", torch.float16, np.float16, None])
+def test_another_type_than_the_two_is_refused(tmp_path, dtype):
+    with pytest.raises(kdlib.KdlibError, match=r"dtype=.* is unknown\..*Known: float16, float32"):
+        Cache(tmp_path, dtype)
+
+
+@pytest.mark.parametrize(("size", "kept"), [(65504.0, True), (65519.996, True), (65520.0, False)])
+def test_float16_keeps_what_rounds_to_its_largest_and_refuses_what_rounds_beyond(cache, size, kept):
+    part, half = part_of(), Cache(cache.folder, "float16")
+    features = Odd(lambda x: torch.full_like(x, size))
+    if kept:
+        assert Featured(part, features, cache=half)[0, 0]["x"].unique().tolist() == [65504.0]
+    else:
+        with pytest.raises(kdlib.DataError, match="features go to 65520; float16 ends at 65504"):
+            Featured(part, features, cache=half)
+
+
 def test_float16_is_near_and_its_error_is_said_once(cache, capsys):
     half, features = Cache(cache.folder, "float16"), Scaled()
     fit_features(features, part_of(), half)
@@ -399,6 +417,35 @@ def test_a_damaged_shard_is_computed_again_and_that_is_said(cache):
     assert len(caught) == 5  # one of statistics, four of features
     assert bytes_in(cache.folder) == expected
     assert torch.equal(again[0, 3]["x"], made[0, 3]["x"])
+
+
+def test_shards_of_other_features_are_computed_again_and_that_is_said(cache):
+    features = Scaled()
+    fit_features(features, part_of(), cache)
+    before = set(cache.folder.iterdir())
+    one = Featured(part_of(), features, cache=cache)._store
+    expected, mean = bytes_in(one.folder), features.mean.clone()
+    features.mean += 1
+    other = Featured(part_of(), features, cache=cache)._store
+    assert len(set(cache.folder.iterdir()) - before) == 2
+    for path in other.folder.glob("0*"):
+        shutil.copy(path, one.folder)
+    with pytest.raises(kdlib.DataError, match="belongs to another store"):
+        Store(one.folder)[0]
+    features.mean.copy_(mean)
+    with pytest.warns(match=r"belongs to another store.*made anew") as caught:
+        Featured(part_of(), features, cache=cache)
+    assert len(caught) == 4
+    assert bytes_in(one.folder) == expected
+
+
+def test_shards_whose_manifest_was_deleted_are_taken_by_the_same_features(cache):
+    featured(part_of(), cache)
+    expected = bytes_in(cache.folder)
+    for path in cache.folder.rglob("manifest.json"):
+        path.unlink()
+    featured(part_of(), cache)
+    assert bytes_in(cache.folder) == expected
 
 
 class Slow(Counted):

@@ -110,6 +110,31 @@ def test_a_write_replaces_the_old_file(file):
     assert alone(file)
 
 
+@pytest.mark.parametrize("there", ["nothing", "file", "link that leads nowhere"])
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_a_write_that_does_not_replace_leaves_what_is_there(tmp_path, monkeypatch, links, there):
+    asked = []
+
+    def refuse(*names, **_):
+        asked.append(names)
+        raise PermissionError(1, "Operation not permitted")  # as vfat and some network disks do
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    file = tmp_path / "file"
+    if there == "file":
+        file.write_bytes(b"old")
+    if there == "link that leads nowhere":
+        file.symlink_to(tmp_path / "nowhere")
+    write_atomically(file, b"new", replace=False)
+    assert len(asked) == (not links)
+    assert list(tmp_path.iterdir()) == [file]
+    if there == "link that leads nowhere":
+        assert file.is_symlink()
+    else:
+        assert file.read_bytes() == (b"new" if there == "nothing" else b"old")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("odd"), OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_after_an_error_the_old_file_is_there_and_nothing_beside_it(file, error, monkeypatch):
     def fail(_):

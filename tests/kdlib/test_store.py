@@ -1,5 +1,6 @@
 """Stores: what goes in comes out, whoever wrote it, after whatever happened; and no damage goes unnoticed."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -19,11 +20,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, from_dtype
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
 
 import kdlib
 from kdlib.files import HOST
-from kdlib.store import LARGEST, MANIFEST, Store, make_store
+from kdlib.store import LARGEST, MANIFEST, Store, make_store, require_same, rounded
 
 MADE_OF = {"teacher": "sha256 of something", "classes": ["bus", "tram"], "views": 2, "deep": {"a": 1.5, "ü": None}}
 ROWS, SHARD_ROWS = 11, 4
@@ -191,6 +193,8 @@ def test_the_files_are_those_that_other_programs_read(made):
     assert sorted(bytes_in(made.folder)) == sorted([*shards, *(f"{name}.sha256" for name in shards), MANIFEST])
     for shard, name in enumerate(shards):
         same(load_file(made.folder / name), stacked(made.span(shard)))
+        with safe_open(made.folder / name, "np") as file:
+            assert file.metadata() == {"manifest": json.loads((made.folder / MANIFEST).read_text())["sha256"]}
     checked = subprocess.run(["sha256sum", "-c", *(f"{name}.sha256" for name in shards)], cwd=made.folder, check=False)
     assert checked.returncode == 0
     manifest = json.loads((made.folder / MANIFEST).read_text(encoding="utf-8"))
@@ -415,7 +419,8 @@ def sealed(manifest):
 @pytest.mark.parametrize(
     "change",
     [
-        {"store": 2},
+        {"store": 1},
+        {"made_with": []},
         {"rows": -1},
         {"rows": 1e3},
         {"shard_rows": 0},
@@ -434,6 +439,14 @@ def test_a_manifest_with_a_true_checksum_and_other_contents_is_refused(copy, cha
     Store(copy)[0]  # the control
     (copy / MANIFEST).write_text(sealed({**manifest, **change}), encoding="utf-8")
     with pytest.raises(kdlib.DataError, match=r"manifest\.json: damaged, or not a store's"):
+        Store(copy)
+
+
+def test_a_store_of_the_form_before_says_what_to_do(copy):
+    manifest = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))
+    del manifest["sha256"], manifest["made_with"]
+    (copy / MANIFEST).write_text(sealed({**manifest, "store": 1}), encoding="utf-8")
+    with pytest.raises(kdlib.DataError, match=r"store: Input should be 2\. Delete the folder and make it anew"):
         Store(copy)
 
 
@@ -469,6 +482,13 @@ def test_a_manifest_is_of_bounded_size(tmp_path):
     assert not (tmp_path / "new" / MANIFEST).exists()
 
 
+def put_first(folder, data):
+    """Put bytes in the place of the first shard, with a true checksum."""
+    (folder / "00000.safetensors").write_bytes(data)
+    seal = f"{hashlib.sha256(data).hexdigest()}  00000.safetensors\n"
+    (folder / "00000.safetensors.sha256").write_text(seal)
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -481,16 +501,17 @@ def test_a_manifest_is_of_bounded_size(tmp_path):
         {"logits": {"data_offsets": [-160, 0]}},
         {"logits": {"data_offsets": ["0", "160"]}},
         {"logits": {"data_offsets": [0, 156]}},
+        {"__metadata__": []},
+        {"__metadata__": {}},
     ],
     ids=str,
 )
 def test_a_shard_with_a_true_checksum_and_other_contents_is_refused(tmp_path, header):
     store = make_store(tmp_path, {}, rows=4, row=lambda: {"logits": np.zeros(10, np.float32)})
+    if isinstance(header, dict) and header:
+        header = {"__metadata__": {"manifest": store.manifest.sha256()}} | header
     text = json.dumps(header).encode()
-    data = len(text).to_bytes(8, "little") + text + bytes(160)
-    (tmp_path / "00000.safetensors").write_bytes(data)
-    seal = f"{hashlib.sha256(data).hexdigest()}  00000.safetensors\n"
-    (tmp_path / "00000.safetensors.sha256").write_text(seal)
+    put_first(tmp_path, len(text).to_bytes(8, "little") + text + bytes(160))
     with pytest.raises(kdlib.DataError, match=r"00000\.safetensors: holds something else than manifest\.json says"):
         store[0]
 
@@ -504,6 +525,8 @@ def test_a_manifest_that_tells_of_more_shards_than_any_disk_has_costs_nothing(co
     with pytest.raises(kdlib.DataError, match="not finished"):
         store.whole("logits")
     (copy / MANIFEST).write_text(sealed({**manifest, "rows": 10**18, "shard_rows": 10**18}), encoding="utf-8")
+    owner = {"manifest": Store(copy).manifest.sha256()}
+    put_first(copy, save(load_file(copy / "00000.safetensors"), metadata=owner))
     with pytest.raises(kdlib.DataError, match="holds something else"):
         Store(copy).whole("logits")
 
@@ -565,6 +588,112 @@ def test_of_many_differences_some_are_spelt_out(copy):
     assert "and 990 more" in str(caught.value)
 
 
+# another manifest
+
+
+@pytest.fixture
+def orphans(copy):
+    """The shards of a store whose manifest was deleted."""
+    (copy / MANIFEST).unlink()
+    return copy
+
+
+def test_shards_that_another_manifest_left_are_not_read(made, orphans):
+    store = begun(orphans, made_of={**MADE_OF, "teacher": "other"})
+    reads = (store.__getitem__, store.check, lambda _: store.whole("logits"), lambda _: store.take([10]))
+    for read in reads:
+        with pytest.raises(kdlib.DataError, match=r"0000\d\.safetensors: belongs to another store") as caught:
+            read(0)
+        for one in (made, store):
+            assert one.manifest.sha256() in str(caught.value)
+        assert "Build this store again" in str(caught.value)
+
+
+def test_shards_that_another_manifest_left_are_written_again_and_said(orphans, tmp_path):
+    other = {**MADE_OF, "teacher": "other"}
+    expected = bytes_in(finished(tmp_path / "alone", made_of=other).folder)
+    with pytest.warns(match=r"belongs to another store.*made anew") as caught:
+        finished(orphans, made_of=other)
+    assert len(caught) == 3
+    assert bytes_in(orphans) == expected
+
+
+def test_shards_are_found_again_by_the_same_manifest(made, orphans):
+    store = begun(orphans)
+    assert [store.intact(shard) for shard in range(3)] == [True] * 3
+    assert bytes_in(orphans) == bytes_in(made.folder)
+
+
+def test_a_shard_that_names_no_manifest_is_not_read(copy):
+    put_first(copy, save(stacked(range(4))))
+    with pytest.raises(kdlib.DataError, match=r"00000\.safetensors: holds something else than manifest\.json says"):
+        Store(copy)[0]
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "none"])
+def test_a_manifest_that_somebody_else_made_meanwhile_stays_and_is_compared(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", refuse_links)
+
+    def overtaken():
+        begun(tmp_path, made_of={**MADE_OF, "teacher": "first"})
+        return row_of(0)
+
+    with pytest.raises(kdlib.DataError, match=r'made_of\.teacher: there "first", here "sha256 of something"'):
+        make_store(tmp_path, MADE_OF, rows=ROWS, row=overtaken)
+    assert Store(tmp_path).manifest.made_of["teacher"] == "first"
+    assert list(bytes_in(tmp_path)) == [MANIFEST]
+
+
+def refuse_links(*_, **__):
+    raise PermissionError(errno.EPERM, "Operation not permitted")  # as vfat and some network disks do
+
+
+def maker(folder, number, start, told):
+    start.wait()
+    try:
+        begun(folder, made_of={**MADE_OF, "teacher": number})
+        told.put("made")
+    except kdlib.DataError as error:
+        told.put(str(error))
+
+
+def test_of_several_who_make_different_stores_at_once_one_does(tmp_path):
+    for attempt in range(5):
+        folder, start, told = tmp_path / str(attempt), FORK.Barrier(4), FORK.Queue()
+        processes = [FORK.Process(target=maker, args=(folder, number, start, told)) for number in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * 4
+        there = Store(folder).manifest.made_of["teacher"]
+        found = sorted((told.get(timeout=10) for _ in processes), key=len)
+        assert found[0] == "made"
+        assert all(f"made_of.teacher: there {there}, here" in text for text in found[1:])
+
+
+def test_what_it_was_made_with_is_kept_and_compared_by_who_asks(tmp_path):
+    for number in (1, 2):
+        store = make_store(tmp_path, {}, rows=1, row=lambda: {"a": np.zeros(1)}, made_with={"versions": {"n": number}})
+    require_same(store, made_with={"versions": {"n": 1}})
+    with pytest.raises(kdlib.DataError, match=r"made_with\.versions\.n: there 1, here 2"):
+        require_same(store, made_with={"versions": {"n": 2}})
+
+
+@pytest.mark.parametrize("size", [65504, 65519.996, -65519.996])
+def test_what_rounds_to_the_largest_float16_is_kept(size):
+    kept, error = rounded(np.float32([[size]]))
+    assert kept.tolist() == [[np.copysign(65504, size)]]
+    assert error <= abs(size) * 2**-11
+
+
+@pytest.mark.parametrize("size", [65520, -65520, np.inf, np.nan])
+def test_what_rounds_beyond_the_largest_float16_has_no_finite_error(size):
+    _, error = rounded(np.float32([[0, size]]))
+    assert not np.isfinite(error).any()
+
+
 # disks
 
 
@@ -594,7 +723,7 @@ def test_where_the_disk_is_full_a_message_names_the_file_and_earlier_shards_stay
     code = FULL.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.stderr == ""
-    assert done.stdout == f"{tmp_path / '00004.safetensors'}: 64,072 bytes cannot be written: File too large.\n"
+    assert done.stdout == f"{tmp_path / '00004.safetensors'}: 64,168 bytes cannot be written: File too large.\n"
     shards = [f"{shard:05}.safetensors" for shard in range(4)]
     assert sorted(bytes_in(tmp_path)) == sorted([*shards, *(f"{name}.sha256" for name in shards), MANIFEST])
     np.testing.assert_array_equal(Store(tmp_path).take(range(8000))["a"][:, 0], np.arange(8000) // 2000)

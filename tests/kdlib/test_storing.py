@@ -1,5 +1,6 @@
 """Building soft labels: from any source or run, by any number of processes, after any kill; and what is refused."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -7,6 +8,8 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +17,14 @@ import torch
 from torch import nn
 
 import kdlib
+from kdlib import storing
 from kdlib.checking import check
 from kdlib.cli import main
 from kdlib.estimate import estimate
 from kdlib.recipe import read
 from kdlib.run import run
 from kdlib.sources import Ema, Ensemble, Stored
+from kdlib.store import Store
 from kdlib.storing import build_store, rounding
 
 FORK = multiprocessing.get_context("fork")
@@ -79,11 +84,41 @@ def test_any_number_of_processes_writes_the_bytes_of_one(tmp_path, world):
     assert bytes_in(tmp_path / "some") == bytes_in(tmp_path / "one")
 
 
-def test_a_rank_writes_its_share_alone(tmp_path):
-    process = FORK.Process(target=as_rank, args=(tmp_path, 1, 3))
-    process.start()
-    process.join()
-    assert sorted(path.name for path in tmp_path.glob("*.sha256")) == ["00001.safetensors.sha256"]
+def test_a_rank_writes_its_share_alone_and_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    said = []
+    for rank in (1, 0, 2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        store = build_store(Doubled(teacher()), part_of(), tmp_path, batch=1)
+        said.append((store.finished(), capsys.readouterr().out))
+    assert [shards for shards, _ in said] == [[1], [0, 1, 3], [0, 1, 2, 3]]
+    first, second, last = (text for _, text in said)
+    assert first == (
+        "soft labels: rank 1 of 3 has written its share; 3 of 4 shards are missing, which other ranks write. "
+        f"'kdlib store info {tmp_path}' tells how many there are, and 'kdlib store verify' whether they are whole.\n"
+    )
+    assert "rank 0 of 3 has written its share; 1 of 4 shards are missing" in second
+    assert last == ""  # nothing is missing, and nothing is said
+
+
+def test_ranks_of_a_process_group_wait_and_say_nothing_of_missing_shards(tmp_path):
+    said = FORK.Queue()
+    processes = [FORK.Process(target=in_group, args=(tmp_path, rank, said)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [said.get(timeout=10) for _ in processes] == [(4, ""), (4, "")]
+
+
+def in_group(folder, rank, said):
+    address = f"file://{folder}/rendezvous"
+    with redirect_stdout(io.StringIO()) as out:
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+        store = build_store(Doubled(teacher()), part_of(), folder / "store", batch=1)
+        torch.distributed.destroy_process_group()
+    said.put((len(store.finished()), out.getvalue()))
 
 
 def test_after_kills_the_rest_is_computed_and_the_bytes_are_those_of_an_uninterrupted_build(tmp_path):
@@ -142,7 +177,6 @@ def test_the_callers_random_state_and_threads_are_left_alone(tmp_path):
         ({"dtype": "float16"}, 'dtype: there "float32", here "float16"'),
         ({"batch": 5}, "block: there 4, here 5"),
         ({"seed": 1}, "seed: there 0, here 1"),
-        ({"threads": 2}, "threads: there 1, here 2"),
     ],
 )
 def test_a_folder_that_holds_something_else_is_refused_with_both_sides(tmp_path, more, words):
@@ -155,6 +189,91 @@ def test_a_folder_that_holds_something_else_is_refused_with_both_sides(tmp_path,
             continue
         with pytest.raises(kdlib.DataError, match=words):
             build_store(source, part, tmp_path, **one)
+
+
+def made_elsewhere(monkeypatch, change):
+    """Be another machine for the build: its versions, its threads, or its kind of device."""
+    if change == "versions":
+        monkeypatch.setattr(storing, "versions", lambda *names: dict.fromkeys(names, "2.99.0"))
+    if change == "device":
+        monkeypatch.setattr(storing, "device_of", lambda _: SimpleNamespace(type="cuda"))
+    return {"threads": 2 if change == "threads" else 1}
+
+
+@pytest.mark.parametrize("change", ["versions", "threads", "device"])
+def test_a_finished_store_is_opened_with_other_versions_threads_and_device(tmp_path, monkeypatch, change):
+    build_store(Doubled(teacher()), part_of(), tmp_path, batch=1, threads=1)
+    before = bytes_in(tmp_path)
+    more = made_elsewhere(monkeypatch, change)
+    store = build_store(Doubled(teacher()), part_of(), tmp_path, batch=1, **more)
+    assert store.manifest.made_with["threads"] == 1
+    assert bytes_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("left", ["missing", "damaged"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("versions", r'made_with\.versions\.torch: there ".*", here "2\.99\.0"'),
+        ("threads", r"made_with\.threads: there 1, here 2"),
+        ("device", r'made_with\.device: there "cpu", here "cuda"'),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*damaged")
+def test_a_store_that_lacks_a_shard_is_not_finished_elsewhere(tmp_path, monkeypatch, change, words, left):
+    whole = build_store(Doubled(teacher()), part_of(), tmp_path, batch=1, threads=1)
+    if left == "missing":
+        (tmp_path / "00002.safetensors.sha256").unlink()
+    else:
+        whole.path(2).write_bytes(whole.path(2).read_bytes()[:-1] + b"?")
+    before = bytes_in(tmp_path)
+    with monkeypatch.context() as elsewhere, pytest.raises(kdlib.DataError, match=words):
+        build_store(Doubled(teacher()), part_of(), tmp_path, batch=1, **made_elsewhere(elsewhere, change))
+    assert bytes_in(tmp_path) == before
+    build_store(Doubled(teacher()), part_of(), tmp_path, batch=1, threads=1)
+    assert np.array_equal(Store(tmp_path).whole("logits"), whole.whole("logits"))
+
+
+def test_shards_of_another_teacher_whose_manifest_was_deleted_are_not_served(tmp_path):
+    build_store(Doubled(teacher()), part_of(), tmp_path / "store", batch=1)
+    alone = build_store(Doubled(teacher(1)), part_of(), tmp_path / "alone", batch=1)
+    (tmp_path / "store" / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="belongs to another store.*made anew") as caught:
+        build_store(Doubled(teacher(1)), part_of(), tmp_path / "store", batch=1)
+    assert len(caught) == alone.shards
+    assert bytes_in(tmp_path / "store") == bytes_in(tmp_path / "alone")
+
+
+def test_verify_names_shards_of_another_teacher_whose_manifest_was_deleted(tmp_path, capsys):
+    for seed in (0, 1):
+        build_store(Doubled(teacher(seed)), part_of(), tmp_path / str(seed), batch=1)
+    (tmp_path / "1" / "manifest.json").replace(tmp_path / "0" / "manifest.json")
+    with pytest.raises(kdlib.DataError, match=r"00000\.safetensors: belongs to another store"):
+        Stored(folder=tmp_path / "0")({"index": torch.arange(3), "epoch": torch.zeros(3, dtype=torch.int64)})
+    assert command("store", "verify", tmp_path / "0") == 2
+    assert "4 of 4 shards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "half", "", torch.float16, np.float16, None])
+def test_another_type_than_the_two_is_refused(tmp_path, dtype):
+    with pytest.raises(kdlib.KdlibError, match=r"dtype=.* is unknown\..*Known: float16, float32"):
+        build_store(Doubled(teacher()), part_of(), tmp_path / "store", dtype=dtype)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(("size", "kept"), [(65504.0, True), (65519.996, True), (65520.0, False)])
+def test_float16_keeps_what_rounds_to_its_largest_and_refuses_what_rounds_beyond(tmp_path, size, kept):
+    one = kdlib.TensorPart(torch.tensor([[size / 2]]), [0])
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(net.weight)
+    source = Doubled(kdlib.freeze(kdlib.Tapped(net, logits="")))
+    if kept:
+        store = build_store(source, one, tmp_path, dtype="float16")
+        assert store.whole("logits").tolist() == [[65504.0]]
+        assert rounding(store)["logits"] == np.float32(size) - np.float32(65504)
+    else:
+        with pytest.raises(kdlib.DataError, match=r"'logits' goes to 65520; float16 ends at 65504"):
+            build_store(source, one, tmp_path, dtype="float16")
 
 
 def test_float16_takes_half_the_room_and_its_error_is_kept_and_told(tmp_path, capsys):
