@@ -323,3 +323,4 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
+            torch.clear_autocast_cache()  # weights that were cast without gradient would be taken as they are

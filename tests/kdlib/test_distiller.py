@@ -325,6 +325,15 @@ def test_an_optimizer_that_lacks_a_projector_is_refused_before_its_first_step(pr
         assert torch.equal(value, before[name]), name
 
 
+def test_prepared_and_checked_under_autocast_the_student_still_gets_its_gradients():
+    distiller = kdlib.Distiller(tapped(), source_of(), hidden=Projected(), hard=kdlib.HardLabels())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distiller.prepare(batch_of()).check(batch_of())
+        total = distiller(batch_of()).total
+    total.backward()
+    assert all(parameter.grad is not None for parameter in distiller.student.parameters())
+
+
 def test_an_optimizer_of_an_earlier_stage_trains_no_projector_of_the_next():
     distiller = kdlib.Distiller(tapped(), source_of(), hidden=Projected()).prepare(batch_of())
     optimizer = distiller.attach(torch.optim.Adam(distiller.parameters()))
