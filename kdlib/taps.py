@@ -223,6 +223,8 @@ class Frozen:
         self._compile = compile
         self._compiled: dict[str, Callable[..., Any]] = {}
         self._order: tuple[int, ...] | None = None
+        self._columns: dict[torch.device, Tensor] = {}
+        """The order as an index, on each device that logits were on."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Taps:
         """Return the model's taps, without gradient."""
@@ -254,8 +256,8 @@ class Frozen:
         return f"Frozen({type(self.model).__name__})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what was compiled: it belongs to this model, and a copy compiles its own."""
-        return {**self.__dict__, "_compiled": {}}
+        """Leave out what belongs to this one, and a copy makes anew: what was compiled, and the order as an index."""
+        return {**self.__dict__, "_compiled": {}, "_columns": {}}
 
     def _method(self, name: str) -> Callable[..., Any]:
         method: Callable[..., Any] | None = self.model if name == "__call__" else getattr(self.model, name, None)
@@ -310,7 +312,9 @@ class Frozen:
         logits = taps["logits"]
         if logits.shape[-1] != len(self._order):
             raise TapError(f"The teacher has {logits.shape[-1]} logits and {len(self._order)} class names were given.")
-        return {**taps, "logits": logits[..., torch.tensor(self._order, device=logits.device)]}
+        if logits.device not in self._columns:
+            self._columns[logits.device] = torch.tensor(self._order, device=logits.device)
+        return {**taps, "logits": logits[..., self._columns[logits.device]]}
 
     def aligned(self, classes: Sequence[str]) -> Frozen:
         """Return this teacher with its logits in the order of ``classes``, mapped by label.
@@ -376,7 +380,7 @@ def freeze(
         raise TapError(f"layout={layout!r} is unknown.{did_you_mean(str(layout), LAYOUTS)}")
     if dtype is not None:
         model = copy.deepcopy(model).to(dtype)
-    pinned = None if device is None else torch.device(device)
+    pinned = None if device is None else torch.empty(0, device=device).device  # with its number, as tensors have it
     if pinned is not None:
         model = model.to(pinned)
     model.eval().requires_grad_(False)

@@ -543,6 +543,18 @@ def test_it_stays_on_its_device_and_brings_the_taps_back(net):
     assert follower(torch.randn(2, 4, device="meta"))["logits"].device.type == "meta"
 
 
+@pytest.mark.parametrize("model", [nn.Linear(4, 3), nn.Identity()])
+def test_a_device_by_another_of_its_names_moves_nothing_in_a_call(monkeypatch, model):
+    assert torch.device("cpu:0") != torch.zeros(0, device="cpu:0").device  # as "cuda" and "cuda:0"
+    teacher = kdlib.freeze(kdlib.Tapped(model, logits=""), device="cpu:0")
+    moved, seen, x = [], [], torch.randn(2, 4)
+    monkeypatch.setattr(teacher.model, "to", moved.append)
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    teacher(x)
+    assert moved == []
+    assert seen[0] is x
+
+
 class Framed(nn.Module):
     """Convolution, batch norm and GRU, as frames and a head."""
 
@@ -677,6 +689,18 @@ def test_mapping_twice_is_mapping_to_the_last(labelled):
     twice = labelled.aligned(["tram", "bus", "park"]).aligned(order)
     assert torch.equal(twice(x)["logits"], labelled.aligned(order)(x)["logits"])
     assert torch.equal(twice.aligned(["bus", "park", "tram"])(x)["logits"], labelled(x)["logits"])
+
+
+def test_copies_that_have_run_are_mapped_each_in_its_own_order_on_each_device(labelled):
+    x = torch.randn(5, 4)
+    first = labelled.aligned(["tram", "bus", "park"])
+    logits = first(x)["logits"]
+    second, same = first.aligned(["park", "tram", "bus"]), copy.deepcopy(first)
+    assert torch.equal(second(x)["logits"], logits[:, [2, 0, 1]])
+    assert torch.equal(same(x)["logits"], logits)
+    assert first(x.to("meta"))["logits"].device.type == "meta"  # its weights too, which are lost there
+    assert torch.equal(same(x)["logits"], logits)
+    assert torch.equal(pickle.loads(pickle.dumps(same))(x)["logits"], logits)
 
 
 @pytest.mark.parametrize("wanted", [["bus", "park"], ["bus", "park", "tram", "airport"], ["bus", "park", "metro"]])
