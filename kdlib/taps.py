@@ -31,8 +31,8 @@ class Tapped(nn.Module):
             ``"encoder.last_hidden_state"``).
 
     Raises:
-        TapError: a path names nothing, the module did not run in this forward or ran twice, its output is no tensor,
-            or a later layer changed the tensor in place.
+        TapError: a path names nothing or a mere list of modules, the module did not run in this forward or ran twice,
+            its output is no tensor, or a later layer changed the tensor in place.
 
     Example:
         >>> import torch, kdlib
@@ -53,7 +53,7 @@ class Tapped(nn.Module):
         self._pass = _Pass()
         self._own: dict[str, _Picks] = {}
         self._handles: list[Any] = []
-        located = {name: _locate(model, path) for name, path in taps.items()}
+        located = {name: _locate(model, path, name) for name, path in taps.items()}
         for name, (module, picks) in located.items():
             if module is model:
                 self._own[name] = picks
@@ -142,7 +142,7 @@ class _Capture:
                 now.versions[name] = tap._version
 
 
-def _locate(model: nn.Module, path: str) -> tuple[nn.Module, _Picks]:
+def _locate(model: nn.Module, path: str, tap: str) -> tuple[nn.Module, _Picks]:
     """Split a path into the longest submodule that it names and what to pick from that module's output."""
     tokens: list[str | int] = []
     for part in re.findall(r"[^.\[\]]+|\[-?\d+\]", path):
@@ -153,6 +153,13 @@ def _locate(model: nn.Module, path: str) -> tuple[nn.Module, _Picks]:
         if str(token) not in children or isinstance(token, int):
             break
         module, used = children[str(token)], used + 1
+    if used and getattr(getattr(module, "forward", None), "__func__", None) is nn.Module.forward:
+        reached, inside = ".".join(map(str, tokens[:used])), dict(module.named_children())
+        child = next((name for name in [*map(str, tokens[used : used + 1]), *inside] if name in inside), "0")
+        raise TapError(
+            f"Tap '{tap}': '{reached}' is a {type(module).__name__}, which is never called itself. Name a module in "
+            f"it: write '{reached}.{child}'."
+        )
     return module, tuple(tokens[used:])
 
 

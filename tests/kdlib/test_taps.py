@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import pickle
+import re
 import weakref
 from collections import namedtuple
 from types import SimpleNamespace
@@ -204,6 +205,43 @@ def test_a_path_that_names_nothing_says_what_there_is(path, known):
     net.add_module("head", nn.Linear(3, 2))
     with pytest.raises(kdlib.TapError, match=rf"(?s)'gone'.*{path.replace('[', '.').replace(']', '.')}.*{known}"):
         kdlib.Tapped(net, gone=path)(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("path", "written"),
+    [
+        ("layers[1]", "layers.1"),
+        ("layers[1][0]", "layers.1"),
+        ("layers", "layers.0"),
+        ("layers[7]", "layers.0"),
+        ("layers.last", "layers.0"),
+        ("heads", "heads.a"),
+        ("heads.b[0]", "heads.b.0"),
+        ("none[0]", "none.0"),
+    ],
+)
+def test_a_list_of_modules_which_is_never_called_says_how_to_name_one_in_it(path, written):
+    net = Model(lambda self, x: x)
+    net.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    net.heads = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.ModuleList([nn.Linear(4, 4)])})
+    net.none = nn.ModuleList()
+    list_ = re.escape(written.rpartition(".")[0])
+    with pytest.raises(kdlib.TapError, match=rf"Tap 'h': '{list_}' is a Module\w+, .* write '{re.escape(written)}'\."):
+        kdlib.Tapped(net, h=path)
+
+
+def test_a_list_of_modules_that_can_be_called_may_be_tapped():
+    class Pair(nn.ModuleList):
+        def forward(self, x):
+            return self[0](x), self[1](x)
+
+    net, x = nn.Sequential(nn.Linear(4, 4), Pair([nn.Linear(4, 2), nn.Linear(4, 3)])), torch.randn(2, 4)
+    assert torch.equal(kdlib.Tapped(net, h="1[1]")(x)["h"], net(x)[1])
+
+
+def test_an_item_of_what_a_sequential_returns_may_be_tapped():
+    net, x = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.GRU(8, 6))), torch.randn(2, 4)
+    assert torch.equal(kdlib.Tapped(net, frames="0[0]")(x)["frames"], net(x)[0])
 
 
 def test_a_near_name_is_suggested():
