@@ -46,6 +46,26 @@ def state_of(state: Mapping[str, Tensor]) -> str:
     return digest(piece for name in sorted(state) for piece in _bytes(name, state[name]))
 
 
+def network_of(model: nn.Module) -> dict[str, str]:
+    """Return what a network does with its weights: the class, and hashes of the code and settings of all its modules.
+
+    Settings are a module's attributes that are plain data. Torch's own modules have no code here: torch's version
+    stands for it.
+    """
+    settings = [
+        [path, name, value]
+        for path, module in model.named_modules()
+        for name, value in sorted(vars(module).items())
+        if name[0] != "_" and name != "training" and _is_plain(value)
+    ]
+    own = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
+    return {
+        "class": name_of(model),
+        "source": digest(sorted(source_of(kind).encode() for kind in own)),
+        "structure": digest([repr(model).encode(), json.dumps(settings).encode()]),
+    }
+
+
 def items_of(part: DataPart, title: str, instead: str) -> str:
     """Return the sha256 of the ids and contents of a part, in their order.
 
@@ -120,6 +140,14 @@ def settings_of(made: Any) -> dict[str, Any]:
                 "it cannot be told from one with other settings."
             ) from None
     return {"class": name_of(made), "source": source_of(kind), "settings": settings}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _bytes(name: str, tensor: Tensor) -> tuple[bytes, bytes]:

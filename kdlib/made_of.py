@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdlib import ranks
 from kdlib.distiller import Distiller
 from kdlib.errors import DataError
-from kdlib.fingerprints import digest, items_of, name_of, source_of, state_of
+from kdlib.fingerprints import digest, items_of, name_of, network_of, source_of, state_of
 from kdlib.schedules import Between
 from kdlib.store import differences, listed
 from kdlib.taps import Frozen, teachers_in
@@ -98,11 +98,7 @@ def plain(value: Any) -> Any:
 
 def _network(network: nn.Module) -> dict[str, Any]:
     state = [[name, str(value.dtype), list(value.shape)] for name, value in network.state_dict().items()]
-    return {
-        "class": name_of(network),
-        "source": source_of(type(network)),
-        "structure": digest([repr(network).encode(), json.dumps(state).encode()]),
-    }
+    return {**network_of(network), "state": digest([json.dumps(state).encode()])}
 
 
 def _described(value: Any, depth: int = DEPTH) -> Any:

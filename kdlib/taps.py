@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdlib.batch import LAYOUTS, NamedTaps, layout_of, map_tensors, tensors_in
 from kdlib.errors import TapError, did_you_mean
-from kdlib.fingerprints import digest, name_of, source_of, state_of
+from kdlib.fingerprints import network_of, state_of
 from kdlib.interfaces import Taps
 
 _Picks = tuple[str | int, ...]
@@ -247,12 +247,16 @@ class Frozen:
         return self._aligned(checked_taps(self._run("head", (frames,), {}), "teacher"))
 
     def made_of(self) -> dict[str, Any]:
-        """Return what its taps depend on, as plain data: class, structure, weights, type and order of classes."""
+        """Return what its taps depend on, as plain data: the network and its weights, type and order of classes.
+
+        Where taps are read off a network by :class:`Tapped`, the network is the one inside, and the taps are told.
+        """
+        tapped = self.model if isinstance(self.model, Tapped) else None
+        network = self.model if tapped is None else tapped.model
         return {
-            "class": name_of(self.model),
-            "source": source_of(type(self.model)),
-            "structure": digest([repr(self.model).encode()]),
-            "state": state_of(self.model.state_dict()),
+            **network_of(network),
+            "taps": None if tapped is None else dict(tapped.taps),
+            "state": state_of(network.state_dict()),
             "dtype": None if self._dtype is None else str(self._dtype),
             "compiled": self._compile,
             "classes": None if self.classes is None else list(self.classes),
