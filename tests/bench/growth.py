@@ -20,31 +20,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from networks import NETWORKS, clips, network
+from records import found, having, note, status
 
 import kdlib
-from kdlib_asc.backbones import SpectrogramCNNGRU, WaveCNN
 from kdlib_asc.points import HiddenMse
 from kdlib_asc.sources import MultiSegment
 
 WIDTH = 0.25
 STEPS = 5
-NETWORKS = ("spectrogram", "raw")
 USUAL = {"segments": 2, "batch": 8, "seconds": 10}
 SIZES = {"segments": (1, 2, 3, 4, 5, 6), "batch": (1, 2, 5, 10, 20, 40), "seconds": (10, 20, 30, 40, 50, 60)}
 
 
-def clips(kind: str, count: int, seconds: int) -> torch.Tensor:
-    """Return noise of this length."""
-    shape = (2, 48_000 * seconds - 1) if kind == "raw" else (2, 1 + -(-(48_000 * seconds - 4800) // 1920), 256)
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
-
-
 def measured(kind: str, segments: int, batch: int, seconds: int) -> dict[str, Any]:
     """Return the median seconds of a step, and by how many bytes this process grew at most."""
-    torch.manual_seed(0)
-    network: Any = {"spectrogram": SpectrogramCNNGRU, "raw": WaveCNN}[kind]
     x = clips(kind, batch, seconds)
-    teacher = kdlib.freeze(network(classes=10, width=WIDTH))
+    teacher = kdlib.freeze(network(kind, width=WIDTH))
     source = MultiSegment(
         teacher,
         kdlib.TensorPart(x, [0] * batch),
@@ -53,7 +45,7 @@ def measured(kind: str, segments: int, batch: int, seconds: int) -> dict[str, An
         repeat=True,
         time_axis=-1 if kind == "raw" else -2,
     )
-    distiller = kdlib.Distiller(network(classes=10, width=WIDTH), source, hidden=HiddenMse())
+    distiller = kdlib.Distiller(network(kind, seed=1, width=WIDTH), source, hidden=HiddenMse())
     optimizer = distiller.attach(torch.optim.Adam(distiller.parameters()))
     rows = {"x": x, "y": torch.arange(batch) % 10, "index": torch.arange(batch)}
     if segments > 1:
@@ -70,32 +62,19 @@ def measured(kind: str, segments: int, batch: int, seconds: int) -> dict[str, An
     return {"seconds": statistics.median(taken), "bytes": status("VmHWM") - before}
 
 
-def status(name: str) -> int:
-    """Return what the system says of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
-
-
-def found(path: Path) -> list[dict[str, Any]]:
-    """Return the records that the file holds; a line that was cut off is none."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def measure(path: Path) -> None:
     """Measure what is missing."""
     for kind in NETWORKS:
         for what, sizes in SIZES.items():
             for size in sizes:
                 keys = {"network": kind, **USUAL, what: size}
-                if any(keys.items() <= record.items() for record in found(path)):
+                if having(path, **keys):
                     continue
                 command = [sys.executable, __file__, "--one", json.dumps(keys)]
                 ran = subprocess.run(command, capture_output=True, text=True)
                 if ran.returncode:
                     raise SystemExit(f"{keys}: {ran.stderr}")
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(ran.stdout)
+                note(path, **json.loads(ran.stdout))
                 print(ran.stdout, end="", flush=True)
 
 
@@ -146,14 +125,14 @@ def draw(path: Path) -> None:
             axis.grid(alpha=0.3)
     axes[0, 0].legend(title="with the least-squares line")
     figure.savefig(path.with_suffix(".png"), dpi=100)
-    note = (
+    text = (
         f"Networks of width {WIDTH:g} in fp32, the student under a teacher of two segments with join input, 8 clips of "
         f"10 s at 48 kHz a batch, but for what grows; median process time of {STEPS} steps on one thread, and by how "
         "much the process grew at most. Slope in logarithms: 1 is proportional to the size, below 1 there is a part "
         "that does not grow. From a line: the largest distance from the least-squares line, of the largest cost.\n\n"
         "`python tests/bench/growth.py docs/results/growth.jsonl` makes this page, and goes on where it stopped."
     )
-    path.with_suffix(".md").write_text("\n".join(lines) + f"\n\n{note}\n", encoding="utf-8")
+    path.with_suffix(".md").write_text("\n".join(lines) + f"\n\n{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
