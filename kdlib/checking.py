@@ -21,7 +21,7 @@ from kdlib.building import (
     named,
 )
 from kdlib.cache import Cache, fit_features
-from kdlib.data import Loader
+from kdlib.data import Loader, changes
 from kdlib.distiller import Distiller
 from kdlib.featured import Featured
 from kdlib.interfaces import Batch, DataPart, DataParts
@@ -95,6 +95,7 @@ class Few:
 
     def __init__(self, part: DataPart) -> None:
         self.part = part
+        self.augmented = changes(part)
         turn = np.empty(len(part), dtype=np.int64)
         for label in np.unique(part.labels):
             own = np.flatnonzero(part.labels == label)

@@ -35,6 +35,14 @@ class Parts:
     classes: tuple[str, ...]
 
 
+def changes(part: Any) -> bool:
+    """Return whether items of a part may change from epoch to epoch: of one that does not tell, they may."""
+    if hasattr(part, "augmented"):
+        return bool(part.augmented)
+    made_by = getattr(part, "made_by", None)
+    return not (isinstance(made_by, Mapping) and made_by.get("augmentation", "not told") is None)
+
+
 class TensorPart:
     """A data part of tensors in memory.
 
@@ -44,7 +52,16 @@ class TensorPart:
         ids: a name for each item. Default: its number.
         classes: the class names. Default: not known.
         groups: what must not be split between parts. Default: each item its own.
+
+    Items are the same in every epoch. A subclass with a ``__getitem__`` of its own says whether its are: it is taken to
+    change them (``augmented``) unless it sets ``augmented = False``.
     """
+
+    augmented = False
+
+    def __init_subclass__(cls) -> None:
+        if "__getitem__" in vars(cls):
+            cls.augmented = vars(cls).get("augmented", True)
 
     def __init__(
         self,
@@ -72,8 +89,8 @@ class TensorPart:
 
     @property
     def made_by(self) -> Mapping[str, Any]:
-        """Items are the same in every epoch. What a subclass makes of them is its own to say."""
-        if type(self).__getitem__ is not TensorPart.__getitem__:
+        """Items are the same in every epoch."""
+        if self.augmented:
             raise AttributeError(f"{type(self).__name__} makes items of its own")
         return {"augmentation": None}
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple, Self
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ class Distiller(nn.Module):
         parts: list[Any] = [source, *self._points.values()]
         self._advancing = [part for part in parts if hasattr(part, "advance")]
         self._prepared = False
-        self._optimizers: list[torch.optim.Optimizer] = []
+        self._optimizers: list[ref[torch.optim.Optimizer]] = []  # one that is used no more trains nothing
         self._hook: Any = None
         self._complete = False
 
@@ -185,7 +186,8 @@ class Distiller(nn.Module):
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Have the optimizer's ``step`` call :meth:`advance`, and return the optimizer.
 
-        With several optimizers attach them in the order of their steps: the clock moves with the last one's.
+        With several optimizers attach them in the order of their steps: the clock moves with the last one's. One that
+        the program drops is forgotten, and a copy of the distiller has none.
 
         Raises:
             KdlibError: from the first ``step``, before it changes anything: the attached optimizers lack parameters of
@@ -194,9 +196,9 @@ class Distiller(nn.Module):
         if self._hook is not None:
             self._hook.remove()
         self._hook = optimizer.register_step_post_hook(_Advance(self))
-        if not any(optimizer is other for other in self._optimizers):
+        if not any(optimizer is other for other in self._attached()):
             optimizer.register_step_pre_hook(_Complete(self))
-            self._optimizers.append(optimizer)
+            self._optimizers.append(ref(optimizer))
         self._complete = False
         return optimizer
 
@@ -209,7 +211,11 @@ class Distiller(nn.Module):
         timed = self._timed(batch)
         weighted = {name: (self.weights[name], point) for name, point in self._points.items()}
         with untouched(self, *(teacher.model for teacher in teachers_in(self.source))):
-            return inspect(self.student, self.source, weighted, self.projectors, timed, self._optimizers)
+            return inspect(self.student, self.source, weighted, self.projectors, timed, self._attached())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the optimizers: a copy has other parameters, and none that trains them yet."""
+        return {**self.__dict__, "_optimizers": [], "_hook": None, "_complete": False}
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         made = {f"{prefix}projectors.{name}" for name in self.projectors.state_dict()}
@@ -220,6 +226,9 @@ class Distiller(nn.Module):
                 "the projectors by the shapes of a batch."
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _attached(self) -> list[torch.optim.Optimizer]:
+        return [optimizer for one in self._optimizers if (optimizer := one()) is not None]
 
     def _both(self, batch: NamedBatch) -> tuple[Taps, Taps]:
         teacher: Taps = {}
@@ -285,7 +294,7 @@ class _Complete:
 
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not self.distiller._complete:
-            lacking = not_in(self.distiller._optimizers, self.distiller.projectors)
+            lacking = not_in(self.distiller._attached(), self.distiller.projectors)
             if lacking:
                 raise KdlibError(
                     f"The optimizer lacks {len(lacking)} parameters of projectors: {', '.join(lacking[:4])}. Make it "
@@ -320,3 +329,4 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
+            torch.clear_autocast_cache()  # weights that were cast without gradient would be taken as they are

@@ -11,7 +11,7 @@ import torch
 
 from kdlib import ranks
 from kdlib.cache import Cache, filled, read_item
-from kdlib.data import CLEAN
+from kdlib.data import CLEAN, changes
 from kdlib.fingerprints import settings_of, state_of
 from kdlib.interfaces import DataPart, Features
 from kdlib.keyed import keyed
@@ -35,7 +35,8 @@ class Featured:
         seed: of the run.
         title: what to call it beside the progress bar.
         cache: where features are kept on disk: what is there is not computed, and the part's samples are not read.
-            Without one they are kept in memory, up to 4 GiB.
+            Without one they are kept in memory, up to 4 GiB. What is kept is without augmentation; where samples change
+            from epoch to epoch by themselves, features of training are computed anew each time.
     """
 
     def __init__(
@@ -57,14 +58,16 @@ class Featured:
         self.ids: Sequence[str] = part.ids
         self.classes = classes
         self.time_axis = None if features is None else features.time_axis
-        changes = features is not None and getattr(features, "augments", hasattr(features, "augment"))
-        self.augmented = augment and bool(changes)
+        draws = features is not None and getattr(features, "augments", hasattr(features, "augment"))
+        self._draws = augment and bool(draws)
+        self._samples_change = changes(part)
+        self.augmented = self._draws or self._samples_change
         self._kept: list[dict[str, Any]] = []
         self._kept_as = "float32" if cache is None else cache.dtype
         self._store: Store | None = None
         if features is not None and cache is not None:
             self._store = filled(features, part, cache, self._computed, title)
-        elif features is not None and len(part) * self._clean(0)["x"].nbytes <= MEMORY:
+        elif features is not None and len(part) and len(part) * self._clean(0)["x"].nbytes <= MEMORY:
             indices = iter(track(range(len(part)), title))
             while some := list(itertools.islice(indices, AT_ONCE)):
                 self._kept += ranks.mapped(self._computed, some)
@@ -76,8 +79,9 @@ class Featured:
         epoch, index = key
         if self.features is None:
             return self.part[key]
-        item = {**self._clean(index), "epoch": epoch}
-        if self.augmented and epoch != CLEAN:
+        anew = self._samples_change and epoch != CLEAN
+        item = {**(self._computed(index, epoch) if anew else self._clean(index)), "epoch": epoch}
+        if self._draws and epoch != CLEAN:
             view: Any = self.features
             item["x"] = view.augment(item["x"].clone(), keyed(self.seed, epoch, index, "augment"))
         return item
@@ -91,7 +95,11 @@ class Featured:
             return made
         state = self.features.state_dict() if hasattr(self.features, "state_dict") else {}
         features = {**settings_of(self.features), "state": state_of(state), "kept": self._kept_as}
-        return {"features": features, "augmentation": {"seed": self.seed} if self.augmented else None}
+        augmentation: dict[str, Any] = {"seed": self.seed} if self._draws else {}
+        if self._samples_change:
+            own = self.part
+            augmentation["samples"] = own.made_by["augmentation"]
+        return {"features": features, "augmentation": augmentation or None}
 
     @property
     def fingerprint(self) -> Callable[[int], str]:
@@ -106,7 +114,7 @@ class Featured:
         return self._kept[index] if self._kept else self._computed(index)
 
     @torch.no_grad()
-    def _computed(self, index: int) -> dict[str, Any]:
-        item = self.part[CLEAN, index]
+    def _computed(self, index: int, epoch: int = CLEAN) -> dict[str, Any]:
+        item = self.part[epoch, index]
         features: Any = self.features
         return {**item, "x": features(item["x"])}

@@ -70,6 +70,10 @@ class DataPart(Protocol):
     whatever they are called. It is a hash of all that the item is made of, such as the bytes of its file and the
     settings of the reader. A cache on disk needs it.
 
+    The attribute ``augmented`` is optional: whether items change from epoch to epoch. What does not change is computed
+    once, such as features and the frames of a teacher; a part that tells neither by it nor by ``made_by`` is taken to
+    change.
+
     A store of soft labels also needs the attribute ``made_by``, a mapping of plain data: whatever else its items depend
     on, and under ``augmentation`` how they change from epoch to epoch, None where they never do. Parts with equal
     fingerprints and an equal ``made_by`` have equal items in every epoch.

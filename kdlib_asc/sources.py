@@ -23,6 +23,7 @@ from kdlib_asc.partners import partners
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+JOINS, VIEWS = ("input", "frames", "exact"), ("same", "clean")
 ENCODED_AT_ONCE = 32
 """Clips a batch when frames are kept: memory, not speed, is what it bounds."""
 COMPARED = 32
@@ -62,7 +63,7 @@ class MultiSegment:
 
     Raises:
         TapError: the teacher is not frozen, or lacks what ``join`` needs.
-        KdlibError: no time axis is known.
+        KdlibError: no time axis is known, or ``join`` or ``view`` is another word.
         DataError: a class has too few clips to join.
 
     Example:
@@ -92,6 +93,9 @@ class MultiSegment:
     ) -> None:
         if isinstance(teacher, nn.Module):
             raise TapError(f"A source wants a frozen teacher, not {type(teacher).__name__}: kdlib.freeze(model).")
+        for name, value, known in (("join", join, JOINS), ("view", view, VIEWS)):
+            if value not in known:
+                raise KdlibError(f"{name}={value!r} is unknown. There is {', '.join(known)}.")
         axis = getattr(data, "time_axis", None) if time_axis is None else time_axis
         if axis is None:
             raise KdlibError("multi_segment does not know on which axis inputs join: the data has no time_axis.")

@@ -48,7 +48,8 @@ def soft_cross_entropy(
     target = F.softmax(scores / temperature, -1)
     log_ratio = F.log_softmax(z_student / student_temperature, -1)
     if form == "kl":
-        log_ratio = log_ratio - F.log_softmax(scores / temperature, -1)
+        # A class that the teacher excludes has a logarithm of -inf, and counts nothing.
+        log_ratio = log_ratio - F.log_softmax(scores / temperature, -1).where(target > 0, 0.0)
     terms, scale = target * log_ratio, -(student_temperature**2)
     if mask is None:  # a mean of sums in one operation less, and one less in the backward
         return terms.sum() * (scale / max(terms.shape[:-1].numel(), 1))

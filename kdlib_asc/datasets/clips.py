@@ -298,7 +298,8 @@ class Clips:
         groups: the recording or place of each clip.
         classes: the class names, in the order of the numbers.
         store: reads the samples.
-        made_by: that clips never change.
+        augmented: false, for clips never change.
+        made_by: says the same to a store.
 
     Raises:
         DataError: on reading an item whose file is not what the settings say (see :func:`kdlib_asc.audio.read_audio`).
@@ -317,6 +318,7 @@ class Clips:
         self.groups = groups
         self.classes = classes
         self.store = store
+        self.augmented = False
         self.made_by = {"augmentation": None}
 
     def __len__(self) -> int:

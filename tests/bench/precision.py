@@ -174,7 +174,7 @@ def online_teacher() -> Ways:
         "teacher in fp32": step(dtype=torch.float32, layout="contiguous"),
         "teacher in bf16, channels_last": step(**tuned),
         "teacher in bf16, channels_last, compiled": step(**tuned, compile=True),
-        "teacher under the student's autocast": step(layout="contiguous"),
+        "teacher as the student: autocast, channels_last": step(layout="channels_last"),
     }
 
 

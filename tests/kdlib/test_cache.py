@@ -24,6 +24,7 @@ FORK = multiprocessing.get_context("fork")
 class Counted(kdlib.TensorPart):
     """A part that knows how often it was read."""
 
+    augmented = False
     reads = 0
 
     def __getitem__(self, key):
@@ -117,6 +118,8 @@ def test_labels_come_from_the_part(cache):
 
 def test_whatever_else_an_item_holds_is_kept_too(cache):
     class Masked(Counted):
+        augmented = False
+
         def __getitem__(self, key):
             return {**super().__getitem__(key), "mask": torch.tensor([key[1] > 2, True])}
 

@@ -336,6 +336,37 @@ def test_an_optimizer_that_lacks_a_projector_is_refused_before_its_first_step(pr
         assert torch.equal(value, before[name]), name
 
 
+def test_prepared_and_checked_under_autocast_the_student_still_gets_its_gradients():
+    distiller = kdlib.Distiller(tapped(), source_of(), hidden=Projected(), hard=kdlib.HardLabels())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distiller.prepare(batch_of()).check(batch_of())
+        total = distiller(batch_of()).total
+    total.backward()
+    assert all(parameter.grad is not None for parameter in distiller.student.parameters())
+
+
+def test_an_optimizer_of_an_earlier_stage_trains_no_projector_of_the_next():
+    distiller = kdlib.Distiller(tapped(), source_of(), hidden=Projected()).prepare(batch_of())
+    optimizer = distiller.attach(torch.optim.Adam(distiller.parameters()))
+    distiller(batch_of()).total.backward()
+    optimizer.step()
+    optimizer = distiller.attach(torch.optim.SGD(distiller.student.parameters()))
+    with pytest.raises(kdlib.KdlibError, match="lacks 2 parameters of projectors: hidden"):
+        optimizer.step()
+
+
+def test_a_copy_has_no_optimizer_and_its_own_clock():
+    distiller = kdlib.Distiller(tapped(), hard=kdlib.HardLabels())
+    optimizer = distiller.attach(torch.optim.Adam(distiller.parameters()))
+    twin = copy.deepcopy(distiller)
+    assert "none attached" in str(twin.check(batch_of()))
+    other = twin.attach(torch.optim.Adam(twin.parameters()))
+    for one, at_work in ((distiller, optimizer), (twin, other)):
+        one(batch_of()).total.backward()
+        at_work.step()
+        assert int(one.step) == 1
+
+
 def test_attaching_an_optimizer_again_counts_its_steps_once():
     distiller = kdlib.Distiller(tapped(), hard=kdlib.HardLabels())
     optimizer = torch.optim.Adam(distiller.parameters())

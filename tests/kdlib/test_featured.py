@@ -163,6 +163,32 @@ def test_augmentation_is_asked_for(part):
     assert torch.equal(made[0, 1]["x"], made[kdlib.CLEAN, 1]["x"])
 
 
+class Shifted(kdlib.TensorPart):
+    """Samples that are another number each epoch."""
+
+    def __getitem__(self, key):
+        item = super().__getitem__(key)
+        return item if key[0] == kdlib.CLEAN else {**item, "x": item["x"] + 1 + key[0]}
+
+
+def test_samples_that_change_by_themselves_go_through_the_features_in_every_epoch(part, memory):
+    made, drawn = (Featured(Shifted(part.x, part.labels), Halves(), augment=augment) for augment in (False, True))
+    assert made.augmented
+    for epoch in (0, 1):
+        shifted = (part.x[2] + 1 + epoch) / 2
+        assert torch.equal(made[epoch, 2]["x"], shifted)
+        assert made[epoch, 2]["epoch"] == epoch
+        noise = drawn[epoch, 2]["x"] - shifted
+        assert 0 <= noise.min() < noise.max() < 1
+    for one in (made, drawn):
+        assert torch.equal(one[kdlib.CLEAN, 2]["x"], part.x[2] / 2)
+
+
+def test_without_features_a_part_says_itself_whether_it_changes(part):
+    assert not Featured(part, None).augmented
+    assert Featured(Shifted(part.x, part.labels), None).augmented
+
+
 def test_features_carry_no_gradient(part, memory):
     class Learnt(Plain):
         def __init__(self):

@@ -231,7 +231,7 @@ def test_a_detached_point_is_wrong_by_name():
 
 def test_a_projector_that_is_not_in_the_optimizer_is_wrong(setup):
     distiller = kdlib.Distiller(setup.student, kdlib.SameInput(setup.teacher), hidden=Projected()).prepare(setup.batch)
-    distiller.attach(torch.optim.Adam(setup.student.parameters()))
+    _optimizer = distiller.attach(torch.optim.Adam(setup.student.parameters()))
     text = wrong(distiller.check(setup.batch))
     assert "projector" in text
     assert "hidden.map.weight" in text
@@ -239,7 +239,7 @@ def test_a_projector_that_is_not_in_the_optimizer_is_wrong(setup):
 
 def test_student_parameters_outside_the_optimizer_are_listed(setup):
     distiller = kdlib.Distiller(setup.student, hard=kdlib.HardLabels())
-    distiller.attach(torch.optim.Adam(setup.student.model[0].parameters()))
+    _optimizer = distiller.attach(torch.optim.Adam(setup.student.model[0].parameters()))
     assert "model.4.weight" in str(distiller.check(setup.batch))
 
 

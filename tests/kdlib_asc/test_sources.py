@@ -327,6 +327,12 @@ def test_frames_that_do_not_change_are_encoded_once(augmented, view, expected):
 # the wrapped part
 
 
+@pytest.mark.parametrize("setting", [{"join": "frame"}, {"view": "Clean"}])
+def test_another_word_for_a_setting_is_refused(setting):
+    with pytest.raises(kdlib.KdlibError, match="is unknown"):
+        MultiSegment(kdlib.freeze(Ears()), Tagged(), **setting)
+
+
 @JOINS
 @pytest.mark.parametrize("augmented", [False, True])
 def test_the_wrapped_part_pickles_and_holds_no_teacher(join, augmented):

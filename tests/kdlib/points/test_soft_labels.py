@@ -129,6 +129,19 @@ def test_extreme_logits_keep_loss_and_gradient_finite(k, scale, dtype, temperatu
         assert gradient(student, teacher, **settings).isfinite().all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_class_that_the_teacher_excludes_counts_nothing(form):
+    student, teacher = noise(4, 6), noise(4, 5, seed=1)
+    excluded = torch.cat([teacher, torch.full((4, 1), -math.inf, dtype=teacher.dtype)], -1)
+    target = teacher.softmax(-1)
+    expected = -(target * student.log_softmax(-1)[:, :5]).sum(-1).mean()
+    if form == "kl":
+        expected += (target * target.log()).sum(-1).mean()
+    found = kdlib.soft_cross_entropy(student, excluded, form=form)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert gradient(student, excluded, form=form).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_give_the_float_loss_of_the_same_numbers(dtype):
     student, teacher = noise(8, 10).to(dtype), 2 * noise(8, 10, seed=1).to(dtype)

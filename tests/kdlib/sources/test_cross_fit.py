@@ -285,7 +285,8 @@ def test_rows_know_what_the_whole_part_knows():
     rows = Rows(part, [5, 2])
     assert (rows.time_axis, rows.classes) == (-1, ("a", "b"))
     assert (rows.ids, rows.labels.tolist()) == (["clip5", "clip2"], [0, 1])
-    assert not hasattr(rows, "augmented")
+    assert not rows.augmented
+    assert not hasattr(rows, "windows")
     assert copy.deepcopy(rows).time_axis == pickle.loads(pickle.dumps(rows)).time_axis == -1
     assert rows[4, 0]["epoch"] == 4
 

@@ -262,7 +262,8 @@ def test_the_wrapped_part_knows_what_the_part_knows_and_pickles():
     PART.time_axis = -1
     part = Ensemble({"one": Adding(1), "ten": Adding(10)}).dataset(PART)
     assert (len(part), part.time_axis, list(part.groups)) == (6, -1, PART.groups)
-    assert not hasattr(part, "augmented")
+    assert not part.augmented
+    assert not hasattr(part, "windows")
     twin = pickle.loads(pickle.dumps(part))
     assert torch.equal(twin[0, 4]["ten.more"], part[0, 4]["ten.more"])
     assert copy.deepcopy(part).time_axis == -1
