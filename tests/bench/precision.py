@@ -222,9 +222,16 @@ def child(*arguments: str, **variables: str) -> str:
     """Return what this script prints in a process of its own."""
     environment = {**os.environ, **variables}
     ran = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
-    if ran.returncode or "cannot be preloaded" in ran.stderr:
+    if ran.returncode:
         raise SystemExit(f"{arguments}: {ran.stderr}")
     return ran.stdout.strip()
+
+
+def refuse_missing(variables: dict[str, str]) -> None:
+    """Stop where an allocator is not there: a process would run without it, and only say so."""
+    said = subprocess.run(["true"], env={**os.environ, **variables}, capture_output=True, text=True).stderr
+    if said:
+        raise SystemExit(said)
 
 
 def turns(path: Path, figure: str, allocator: str) -> None:
@@ -257,6 +264,7 @@ def measure(path: Path) -> None:
         for allocator, variables in ALLOCATORS.items():
             wanted = "training" in figure or allocator != "tcmalloc"
             if wanted and len(having(path, figure=figure, allocator=allocator)) < REPEATS:
+                refuse_missing(variables)
                 child("--figure", str(path), figure, allocator, **variables)
                 print(figure, allocator, flush=True)
     for kind in ("spectrogram", "raw"):
