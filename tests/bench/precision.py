@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from networks import BATCH, clips, laid_out, network, training
-from records import found, having, machine, note, status
+from records import ALLOCATORS, found, having, machine, note, status
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
@@ -203,12 +203,6 @@ FIGURES: dict[str, Callable[[], Ways]] = {
 }
 CHECKPOINTS = ", checkpoint_activations"
 PEAKS = [way + more for way in ("fp32", "bf16") for more in ("", CHECKPOINTS)]
-ALLOCATORS = {
-    "glibc": {},
-    "thresholds": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)},
-    "tcmalloc": {"LD_PRELOAD": "libtcmalloc_minimal.so.4"},
-}
-"""The thresholds are those from which on glibc gives a block back at once."""
 
 
 def timed(way: Callable[[], object]) -> float:

@@ -9,6 +9,13 @@ from typing import Any
 
 from kdlib.doctor import describe
 
+ALLOCATORS = {
+    "glibc": {},
+    "thresholds": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)},
+    "tcmalloc": {"LD_PRELOAD": "libtcmalloc_minimal.so.4"},
+}
+"""The thresholds are those from which on glibc gives a block back at once."""
+
 
 def found(path: Path) -> list[dict[str, Any]]:
     """Return the records that the file holds; a line that was cut off is none."""
