@@ -131,8 +131,8 @@ def draw(path: Path) -> None:
     text = (
         f"Networks of width {WIDTH:g} in fp32, the student under a teacher of two segments with join input, 8 clips of "
         f"10 s at 48 kHz a batch, but for what grows; median process time of {STEPS} steps on one thread, and by how "
-        "much the process grew at most. Full points and the first columns: glibc with both thresholds at 1 GiB, and the "
-        "least-squares line. Hollow points and the last column: glibc as it comes. Slope: of the logarithms, 1 is "
+        "much the process grew at most. Full points and the first columns: glibc with both thresholds at 1 GiB, and "
+        "the least-squares line. Hollow points and the last column: glibc as it comes. Slope: of the logarithms, 1 is "
         "proportional to the size, below 1 there is a part that does not grow. From a line: the largest distance from "
         f"it, of the largest cost. {machine()}.\n\n"
         "`python tests/bench/growth.py docs/results/growth.jsonl` makes this page, and goes on where it stopped."
