@@ -89,18 +89,23 @@ Loop = Callable[[Any, nn.Module, Iterable[Any]], None]
 """A training of a student under a teacher, one pass over batches."""
 
 
+def loss_by_hand(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Return the loss of a distillation as one writes it without a library: two taps, two points."""
+    with torch.no_grad():
+        wanted = teacher(batch["x"])
+    taps = student(batch["x"])
+    p = F.softmax(wanted["logits"] / TEMPERATURE, -1)
+    log_p = F.log_softmax(taps["logits"] / TEMPERATURE, -1)
+    soft = -(TEMPERATURE**2) * (p * log_p).sum(-1).mean()
+    hint = F.mse_loss(taps["embedding"], wanted["embedding"], reduction="sum") / (2 * len(batch["x"]))
+    return (1 - HINT) * soft + HINT * hint
+
+
 def by_hand(teacher: nn.Module, student: nn.Module, batches: Iterable[Any]) -> None:
-    """Distil as one writes it without a library: two taps, two points."""
+    """Distil without a library."""
     optimizer = torch.optim.Adam(student.parameters())
     for batch in batches:
-        with torch.no_grad():
-            wanted = teacher(batch["x"])
-        taps = student(batch["x"])
-        p = F.softmax(wanted["logits"] / TEMPERATURE, -1)
-        log_p = F.log_softmax(taps["logits"] / TEMPERATURE, -1)
-        soft = -(TEMPERATURE**2) * (p * log_p).sum(-1).mean()
-        hint = F.mse_loss(taps["embedding"], wanted["embedding"], reduction="sum") / (2 * len(batch["x"]))
-        loss = (1 - HINT) * soft + HINT * hint
+        loss = loss_by_hand(teacher, student, batch)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -134,7 +139,7 @@ def by_distiller(source: SoftLabelSource, student: nn.Module, batches: Iterable[
 
 
 def distilled(source: SoftLabelSource, student: nn.Module, batches: Iterable[Any]) -> None:
-    """Do the same, the student's taps read off by hooks."""
+    """Do the same by Tapped: where the student has a module of a tap's name, by a hook, else from its output."""
     with Tapped(student, logits="logits", embedding="embedding") as taps:
         by_distiller(source, taps, batches)
 
@@ -185,7 +190,10 @@ class Trained:
 
 
 class Net(nn.Module):
-    """Linear layers, wide enough for a step of about 0.4 ms: ``(B, 64) -> logits (B, 10), embedding (B, 64)``."""
+    """Linear layers, wide enough for a step of about 0.4 ms: ``(B, 64) -> logits (B, 10), embedding (B, 64)``.
+
+    Of its taps ``embedding`` is a module, too.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -285,7 +293,7 @@ def made(size: Size, seed: int = 0) -> tuple[nn.Module, nn.Module, TensorPart, l
 
 
 def tapped(teacher: nn.Module) -> SameInput:
-    """Return a copy of a teacher as a source, its taps read off by hooks."""
+    """Return a copy of a teacher as a source, its taps read off as :func:`distilled` does it."""
     return SameInput(freeze(Tapped(copy.deepcopy(teacher), logits="logits", embedding="embedding")))
 
 

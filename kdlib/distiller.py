@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple, Self
 from weakref import ref
 
@@ -83,10 +84,10 @@ class Distiller(nn.Module):
         # Not an nn.ModuleDict, which refuses names such as "train"; the keys of the state dict are the points' names.
         self.projectors = nn.Module()
         for name, entry in points.items():
-            weight, point = entry if isinstance(entry, tuple) else (1.0, entry)
+            weight, point = entry if isinstance(entry, tuple) and len(entry) == 2 else (1.0, entry)
             if isinstance(point, type):
                 raise KdlibError(f"Point '{name}' is the class {point.__name__}; make one: {point.__name__}().")
-            if not callable(point) or not (callable(weight) or isinstance(weight, int | float)):
+            if not callable(point) or not (callable(weight) or _is_number(weight)):
                 raise KdlibError(
                     f"'{name}' is no point and no (weight, point): a point is called with (student, teacher, batch), "
                     "and a weight is a number or a schedule."
@@ -263,6 +264,11 @@ class Distiller(nn.Module):
                     "change the other. Make the student a copy before the teacher is frozen, which stops the gradients "
                     "of what it is given: copy.deepcopy(model)."
                 )
+
+
+def _is_number(value: object) -> bool:
+    """Return whether float takes it without losing anything; a tensor that wants a gradient would lose that."""
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad)
 
 
 def _attributes(point: Any) -> dict[str, Any]:

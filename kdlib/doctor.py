@@ -140,8 +140,9 @@ def _memory(machine: Mapping[str, Any]) -> Finding:
     if total is None:
         return Finding("memory", "not known")
     usable = min(one for one in (available, limit, total) if one is not None)
-    limited = f", a limit of {limit / 1e9:.1f} GB" if limit is not None and limit < total else ""
-    found = f"{total / 1e9:.1f} GB{limited}, {usable / 1e9:.1f} GB of it free"
+    free = "" if available is None else f", {available / 1e9:.1f} GB of it free"
+    limited = f", and a limit of {limit / 1e9:.1f} GB" if limit is not None and limit < total else ""
+    found = f"{total / 1e9:.1f} GB{free}{limited}"
     if usable >= PEAK:
         return Finding("memory", found)
     why = f"40 clips of 10 s in fp32 take the raw network {PEAK / 1e9:.1f} GB; 4.3 GB where the backward computes again"
@@ -184,35 +185,35 @@ def _bytes(kibibytes: str | None) -> int | None:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the folders that may tell a limit of this process: those of its group and of the root, in both versions."""
+    """Yield the folders that may tell a limit of this process: its group's and those above, in both versions."""
+    top = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, names, path = line.split(":", 2)
-        top = root / "sys/fs/cgroup"
-        if not names:
-            yield from (top / path.lstrip("/"), top)
-        elif controller in names.split(","):
-            yield from (top / names / path.lstrip("/"), top / names, top / controller)
+        if names and controller not in names.split(","):
+            continue
+        group = path.strip("/")  # a container may not see it, but its own group as the top
+        for mounted in (top / names, top / controller) if names else (top,):
+            yield from (mounted / above for above in (Path(group), *Path(group).parents))
 
 
 def _quota(root: Path) -> float | None:
-    """Return of how many cores a limit leaves the time."""
+    """Return of how many cores the narrowest limit leaves the time."""
+    quotas = []
     for group in _groups(root, "cpu"):
         both = _read(group / "cpu.max").split() or [
             _read(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
         ]
         if len(both) == 2 and all(one.isdigit() for one in both) and int(both[1]):
-            return int(both[0]) / int(both[1])
-    return None
+            quotas.append(int(both[0]) / int(both[1]))
+    return min(quotas, default=None)
 
 
 def _limit(root: Path) -> int | None:
-    """Return the bytes that a limit leaves."""
-    for group in _groups(root, "memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            text = _read(group / name).strip()
-            if text.isdigit() and int(text) < 1 << 60:  # the first version writes a huge number for none
-                return int(text)
-    return None
+    """Return the bytes that the narrowest limit leaves."""
+    files = ("memory.max", "memory.limit_in_bytes")
+    texts = [_read(group / file).strip() for group in _groups(root, "memory") for file in files]
+    limits = [int(text) for text in texts if text.isdigit()]
+    return min((one for one in limits if one < 1 << 60), default=None)  # the first version writes a huge one for none
 
 
 def _threshold(tunable: str, variable: str) -> int | None:

@@ -31,8 +31,8 @@ class Tapped(nn.Module):
             ``"encoder.last_hidden_state"``).
 
     Raises:
-        TapError: a path names nothing, the module did not run in this forward or ran twice, its output is no tensor,
-            or a later layer changed the tensor in place.
+        TapError: a path names nothing or a mere list of modules, the module did not run in this forward or ran twice,
+            its output is no tensor, or a later layer changed the tensor in place.
 
     Example:
         >>> import torch, kdlib
@@ -53,7 +53,7 @@ class Tapped(nn.Module):
         self._pass = _Pass()
         self._own: dict[str, _Picks] = {}
         self._handles: list[Any] = []
-        located = {name: _locate(model, path) for name, path in taps.items()}
+        located = {name: _locate(model, path, name) for name, path in taps.items()}
         for name, (module, picks) in located.items():
             if module is model:
                 self._own[name] = picks
@@ -142,7 +142,7 @@ class _Capture:
                 now.versions[name] = tap._version
 
 
-def _locate(model: nn.Module, path: str) -> tuple[nn.Module, _Picks]:
+def _locate(model: nn.Module, path: str, tap: str) -> tuple[nn.Module, _Picks]:
     """Split a path into the longest submodule that it names and what to pick from that module's output."""
     tokens: list[str | int] = []
     for part in re.findall(r"[^.\[\]]+|\[-?\d+\]", path):
@@ -153,6 +153,13 @@ def _locate(model: nn.Module, path: str) -> tuple[nn.Module, _Picks]:
         if str(token) not in children or isinstance(token, int):
             break
         module, used = children[str(token)], used + 1
+    if used and getattr(getattr(module, "forward", None), "__func__", None) is nn.Module.forward:
+        reached, inside = ".".join(map(str, tokens[:used])), dict(module.named_children())
+        child = next((name for name in [*map(str, tokens[used : used + 1]), *inside] if name in inside), "0")
+        raise TapError(
+            f"Tap '{tap}': '{reached}' is a {type(module).__name__}, which is never called itself. Name a module in "
+            f"it: write '{reached}.{child}'."
+        )
     return module, tuple(tokens[used:])
 
 
@@ -223,6 +230,8 @@ class Frozen:
         self._compile = compile
         self._compiled: dict[str, Callable[..., Any]] = {}
         self._order: tuple[int, ...] | None = None
+        self._columns: dict[torch.device, Tensor] = {}
+        """The order as an index, on each device that logits were on."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Taps:
         """Return the model's taps, without gradient."""
@@ -258,8 +267,8 @@ class Frozen:
         return f"Frozen({type(self.model).__name__})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what was compiled: it belongs to this model, and a copy compiles its own."""
-        return {**self.__dict__, "_compiled": {}}
+        """Leave out what belongs to this one, and a copy makes anew: what was compiled, and the order as an index."""
+        return {**self.__dict__, "_compiled": {}, "_columns": {}}
 
     def _method(self, name: str) -> Callable[..., Any]:
         method: Callable[..., Any] | None = self.model if name == "__call__" else getattr(self.model, name, None)
@@ -314,7 +323,9 @@ class Frozen:
         logits = taps["logits"]
         if logits.shape[-1] != len(self._order):
             raise TapError(f"The teacher has {logits.shape[-1]} logits and {len(self._order)} class names were given.")
-        return {**taps, "logits": logits[..., torch.tensor(self._order, device=logits.device)]}
+        if logits.device not in self._columns:
+            self._columns[logits.device] = torch.tensor(self._order, device=logits.device)
+        return {**taps, "logits": logits[..., self._columns[logits.device]]}
 
     def aligned(self, classes: Sequence[str]) -> Frozen:
         """Return this teacher with its logits in the order of ``classes``, mapped by label.
@@ -380,7 +391,7 @@ def freeze(
         raise TapError(f"layout={layout!r} is unknown.{did_you_mean(str(layout), LAYOUTS)}")
     if dtype is not None:
         model = copy.deepcopy(model).to(dtype)
-    pinned = None if device is None else torch.device(device)
+    pinned = None if device is None else torch.empty(0, device=device).device  # with its number, as tensors have it
     if pinned is not None:
         model = model.to(pinned)
     model.eval().requires_grad_(False)

@@ -28,7 +28,7 @@ def test_a_table_of_the_page_belongs_into_a_recipe(table):
 
 
 def test_the_command_of_the_page_is_the_papers_setting_but_for_precision_layout_and_cache(tmp_path):
-    (command,) = re.findall(r"\$ kdlib run (asc_dcase2018 .*)", PAGE)
+    (command,) = re.findall(r"\$ kdlib run (asc_dcase2018 .*train\.precision.*)", PAGE)
     recipe, *rest = command.split()
     changes = [change.replace("PATH", str(tmp_path)) for option, change in zip(rest[::2], rest[1::2], strict=True)]
     assert rest[::2] == ["--set"] * len(changes)

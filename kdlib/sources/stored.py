@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -204,6 +205,12 @@ def _rows(store: Store, index: Tensor, epoch: Tensor) -> Tensor:
             f"index goes from {int(index.min())} to {int(index.max())}; {store.folder} has {samples} rows."
         )
     if drawn:
+        if len(epoch) and int(epoch.max()) >= drawn and store.manifest.made_of["data"]["made_by"]["augmentation"]:
+            warnings.warn(
+                f"{store.folder}: soft labels of {drawn} epochs serve for all, and the input changes with the "
+                f"epoch: from epoch {drawn} on they belong to another view of the sample. Build it with more views.",
+                stacklevel=2,
+            )
         view = torch.where(epoch < 0, 0, 1 + epoch % drawn)
     elif store.manifest.made_of["changes"] and len(epoch) and int(epoch.max()) >= 0:
         raise BatchError(

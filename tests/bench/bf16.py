@@ -17,6 +17,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from records import found, having, note
 from scipy.stats import t as student_t
 
 from kdlib.recipe import find, read
@@ -49,15 +50,9 @@ def trained(system: str, precision: str, seed: int, cache: Path) -> dict[str, An
     }
 
 
-def found(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """Return the trainings that the file holds; a line that was cut off is none."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {(one["system"], one["precision"], one["seed"]): one for one in records}
-
-
-def table(records: dict[tuple[str, str, int], dict[str, Any]]) -> str:
+def table(trainings: list[dict[str, Any]]) -> str:
     """Return the paired differences, bf16 minus fp32 in points, with 90 % intervals of Student's t over seeds."""
+    records = {(one["system"], one["precision"], one["seed"]): one for one in trainings}
     lines = ["| system | row | fp32, % | bf16, % | bf16 - fp32, points | 90 % interval | seeds | verdict |"]
     lines += ["|---|---|---:|---:|---:|---:|---:|---|"]
     for system in RECIPE["systems"]:
@@ -79,14 +74,14 @@ def table(records: dict[tuple[str, str, int], dict[str, Any]]) -> str:
 
 def write(path: Path) -> None:
     """Write the table of what there is beside the file."""
-    note = (
+    text = (
         "Made scenes, the systems of `asc_quick` without fusion; 480 test clips a seed, and each seed has its own "
         "scenes, weights and order, the same for both precisions. Rows as in a run: `without` is the teacher, `with` "
         f"the student. Equal means that the whole interval is within {MARGIN:g} points; where it is not, this many "
         "seeds cannot tell. Nothing was chosen by these figures.\n\n"
         "`python tests/bench/bf16.py docs/results/bf16.jsonl` makes this page, and goes on where it was stopped."
     )
-    path.with_suffix(".md").write_text(f"{table(found(path))}\n\n{note}\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(f"{table(found(path))}\n\n{text}\n", encoding="utf-8")
 
 
 def main(path: Path) -> None:
@@ -95,10 +90,9 @@ def main(path: Path) -> None:
         for seed in range(SEEDS):
             with tempfile.TemporaryDirectory() as cache:
                 for precision in ("fp32", "bf16"):
-                    if (system, precision, seed) not in found(path):
+                    if not having(path, system=system, precision=precision, seed=seed):
                         record = trained(system, precision, seed, Path(cache))
-                        with path.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(record) + "\n")
+                        note(path, **record)
                         print(record, flush=True)
         write(path)
     write(path)

@@ -10,8 +10,9 @@ for a file of their own. No test here fails on a time.
 import gc
 import itertools
 import json
-import platform
+import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +20,9 @@ import pytest
 import torch
 
 from kdlib.bench import Ratio
+from kdlib.doctor import describe
+
+sys.path.append(str(Path(__file__).parent))  # for the scripts, which pytest imports to look for doctests
 
 ROUNDS = 9
 SAME = ("", "final weights differ by 0")
@@ -108,13 +112,9 @@ def compare(benchmark, keep):
 
 
 def machine():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    wide = ", AVX-512" if "avx512f" in flags else ""
-    cores = f"{len(names)} cores of {names[0]}{wide}" if names else platform.machine()
-    return f"{cores}, torch {torch.__version__}, Python {platform.python_version()}"
+    has = describe()
+    wide = ", AVX-512" if "avx512f" in has["units"] else ""
+    return f"{os.cpu_count()} cores of {has['processor']}{wide}, torch {has['torch']}, Python {has['python']}"
 
 
 def table(figures):

@@ -10,9 +10,7 @@ a process of its own. At the end the table is written beside the file (precision
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,17 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from networks import BATCH, clips, laid_out, network, training
+from records import ALLOCATORS, found, having, machine, note, status
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, leaky_relu
+from torch.nn.functional import leaky_relu
 
 import kdlib
-from kdlib_asc.backbones import SpectrogramCNNGRU, WaveCNN
 from kdlib_asc.points import HiddenMse
 from kdlib_asc.sources import MultiSegment
 
 REPEATS = 7
-BATCH = 8
-CLIP = {"raw": (2, 479_999), "spectrogram": (2, 249, 256)}
 Ways = dict[str, Callable[[], object]]
 
 
@@ -68,38 +65,6 @@ class BareWave(nn.Module):
                 x = row(x)
         embedding = self.dense1(x.amax(dim=-1))
         return {"logits": self.output(embedding), "embedding": embedding}
-
-
-def network(kind: str, **settings: Any) -> nn.Module:
-    """Return a network with the weights of seed 0."""
-    torch.manual_seed(0)
-    return (SpectrogramCNNGRU if kind == "spectrogram" else WaveCNN)(classes=10, **settings)
-
-
-def clips(kind: str, batch: int = BATCH) -> Tensor:
-    """Return a batch of noise."""
-    return torch.randn(batch, *CLIP[kind], generator=torch.Generator().manual_seed(1))
-
-
-def laid_out(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    """Return both in channels_last; a waveform, which has no columns, as it is."""
-    last = torch.channels_last
-    return model.to(memory_format=last), x.contiguous(memory_format=last) if x.ndim == 4 else x
-
-
-def training(model: nn.Module, x: Tensor, bf16: bool) -> Callable[[], object]:
-    """Return a training step on hard labels with Adam."""
-    labels = torch.arange(len(x)) % 10
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = cross_entropy(model(x)["logits"].float(), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
 
 
 def spectrogram_training() -> Ways:
@@ -224,8 +189,7 @@ def peak(kind: str, way: str, out: str) -> None:
     for _ in range(3):
         step()
     torch.save(model.state_dict(), out)
-    status = Path("/proc/self/status").read_text(encoding="ascii")  # getrusage would tell of the parent, too
-    print(1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))))
+    print(status("VmHWM"))
 
 
 FIGURES: dict[str, Callable[[], Ways]] = {
@@ -239,12 +203,6 @@ FIGURES: dict[str, Callable[[], Ways]] = {
 }
 CHECKPOINTS = ", checkpoint_activations"
 PEAKS = [way + more for way in ("fp32", "bf16") for more in ("", CHECKPOINTS)]
-ALLOCATORS = {
-    "glibc": {},
-    "thresholds": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)},
-    "tcmalloc": {"LD_PRELOAD": "libtcmalloc_minimal.so.4"},
-}
-"""The thresholds are those from which on glibc gives a block back at once."""
 
 
 def timed(way: Callable[[], object]) -> float:
@@ -258,26 +216,16 @@ def child(*arguments: str, **variables: str) -> str:
     """Return what this script prints in a process of its own."""
     environment = {**os.environ, **variables}
     ran = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
-    if ran.returncode or "cannot be preloaded" in ran.stderr:
+    if ran.returncode:
         raise SystemExit(f"{arguments}: {ran.stderr}")
     return ran.stdout.strip()
 
 
-def found(path: Path) -> list[dict[str, Any]]:
-    """Return the records that the file holds; a line that was cut off is none."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def having(path: Path, **keys: Any) -> list[dict[str, Any]]:
-    """Return the records with these values."""
-    return [record for record in found(path) if all(record.get(key) == value for key, value in keys.items())]
-
-
-def note(path: Path, **record: Any) -> None:
-    """Add a record."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def refuse_missing(variables: dict[str, str]) -> None:
+    """Stop where an allocator is not there: a process would run without it, and only say so."""
+    said = subprocess.run(["true"], env={**os.environ, **variables}, capture_output=True, text=True).stderr
+    if said:
+        raise SystemExit(said)
 
 
 def turns(path: Path, figure: str, allocator: str) -> None:
@@ -310,6 +258,7 @@ def measure(path: Path) -> None:
         for allocator, variables in ALLOCATORS.items():
             wanted = "training" in figure or allocator != "tcmalloc"
             if wanted and len(having(path, figure=figure, allocator=allocator)) < REPEATS:
+                refuse_missing(variables)
                 child("--figure", str(path), figure, allocator, **variables)
                 print(figure, allocator, flush=True)
     for kind in ("spectrogram", "raw"):
@@ -391,18 +340,6 @@ def write(path: Path) -> None:
         "`python tests/bench/precision.py docs/results/precision.jsonl` makes this page, and goes on where it stopped."
     )
     path.with_suffix(".md").write_text(f"{table(records)}\n\n{text}\n", encoding="utf-8")
-
-
-def machine() -> str:
-    """Return the machine in words."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    model = next(line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name"))
-    flags = next(line.split() for line in info.splitlines() if line.startswith("flags"))
-    units = [name for flag, name in (("amx_tile", "AMX"), ("avx512_bf16", "AVX-512 with bf16")) if flag in flags]
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    python = platform.python_version()
-    parts = f"{model}, {os.cpu_count()} cores, {', '.join(units)}, {memory:.0f} GiB"
-    return f"{parts}, torch {torch.__version__}, Python {python}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 
 import kdlib
-from kdlib.bench import HINT, SIZES, TEMPERATURE, Trained, alone_by_hand, by_distiller, by_hand, distilled, made, tapped
+from kdlib.bench import (
+    HINT,
+    SIZES,
+    TEMPERATURE,
+    Trained,
+    alone_by_hand,
+    by_distiller,
+    by_hand,
+    distilled,
+    loss_by_hand,
+    made,
+    tapped,
+)
 from kdlib.sources import SameInput, Stored
 from kdlib.storing import build_store
 from kdlib_asc.backbones import SpectrogramCNNGRU, WaveCNN
@@ -17,17 +29,6 @@ from kdlib_asc.backbones import SpectrogramCNNGRU, WaveCNN
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(3600)]  # theirs, on import
 INPUTS = {"spectrogram": (SpectrogramCNNGRU, (2, 249, 256)), "raw": (WaveCNN, (2, 479_999))}
 BATCH = 8
-
-
-def loss_of(teacher, student, batch):
-    """The loss of ``by_hand``, for trainers that want it from a function."""
-    with torch.no_grad():
-        wanted = teacher(batch["x"])
-    taps = student(batch["x"])
-    p = F.softmax(wanted["logits"] / TEMPERATURE, -1)
-    soft = -(TEMPERATURE**2) * (p * F.log_softmax(taps["logits"] / TEMPERATURE, -1)).sum(-1).mean()
-    hint = F.mse_loss(taps["embedding"], wanted["embedding"], reduction="sum") / (2 * len(batch["x"]))
-    return (1 - HINT) * soft + HINT * hint
 
 
 def lightning(teacher, student, batches):
@@ -39,7 +40,7 @@ def lightning(teacher, student, batches):
             self.student = student
 
         def training_step(self, batch, _):
-            return loss_of(teacher, self.student, batch)
+            return loss_by_hand(teacher, self.student, batch)
 
         def configure_optimizers(self):
             return torch.optim.Adam(self.student.parameters())
@@ -56,7 +57,7 @@ def accelerate(teacher, student, batches):
     accelerator = Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(student, torch.optim.Adam(student.parameters()))
     for batch in batches:
-        loss = loss_of(teacher, model, batch)
+        loss = loss_by_hand(teacher, model, batch)
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
@@ -156,7 +157,7 @@ def test_tiny_network_beside_by_hand_and_beside_other_libraries(compare, keep, t
     size = SIZES["tiny"]
     teacher, student, _, batches = made(size)
     loops = {
-        "kdlib, taps by hooks": Trained(distilled, tapped(teacher), student, batches),
+        "kdlib.Tapped: a hook and the output": Trained(distilled, tapped(teacher), student, batches),
         "kdlib, the networks' own taps": Trained(by_distiller, SameInput(kdlib.freeze(teacher)), student, batches),
         "by hand": Trained(by_hand, teacher, student, batches),
     }

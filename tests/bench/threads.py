@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from precision import clips, found, laid_out, machine, network, note, training
+from networks import NETWORKS, clips, laid_out, network, training
+from records import found, having, machine, note
 
 CORES = len(os.sched_getaffinity(0))
 WAYS = ((1, 1), (1, CORES), (1, 2 * CORES), (CORES, 1), (CORES, CORES))
 """Processes, and threads of each."""
-NETWORKS = ("spectrogram", "raw")
 TURNS = 5
 SECONDS = 12
 """How long each process trains in a turn."""
@@ -55,7 +55,7 @@ def measure(path: Path) -> None:
         for turn in range(TURNS):
             for processes, threads in WAYS:
                 keys = {"network": kind, "turn": turn, "processes": processes, "threads": threads}
-                if not any(keys.items() <= record.items() for record in found(path)):
+                if not having(path, **keys):
                     note(path, **keys, seconds=side_by_side(kind, processes, threads))
 
 

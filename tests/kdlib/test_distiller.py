@@ -1,8 +1,11 @@
 """The distiller: losses, weights, schedules, projectors, the clock, and what it refuses."""
 
 import copy
+import json
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,6 +93,14 @@ def test_any_weights_sum_up(entries):
     total, terms = kdlib.Distiller(tapped(), **points).losses(taps, {}, {"x": None})
     assert total.item() == pytest.approx(sum(weight * value for weight, value in entries), rel=1e-4, abs=1e-4)
     assert [term.item() for term in terms.values()] == pytest.approx([value for _, value in entries], rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5), Fraction(1, 2)])
+def test_a_number_of_any_library_is_a_weight(weight):
+    distiller = kdlib.Distiller(tapped(), hard=(weight, kdlib.HardLabels()))
+    losses = distiller(batch_of())
+    assert losses.total == 0.5 * losses.terms["hard"]
+    assert json.loads(json.dumps(distiller.weights)) == {"hard": 0.5}
 
 
 def test_a_point_without_a_weight_has_weight_one():
@@ -535,6 +546,12 @@ def test_one_shared_parameter_is_refused_by_name():
         ((0.5, kdlib.SoftLabels), r"'soft' is the class SoftLabels"),
         ((kdlib.SoftLabels(), 0.5), r"'soft' is no point and no \(weight, point\)"),
         (("a", kdlib.SoftLabels()), r"'soft' is no point and no \(weight, point\)"),
+        ((0.5, kdlib.SoftLabels(), 4.0), r"'soft' is no point and no \(weight, point\)"),
+        ((kdlib.SoftLabels(),), r"'soft' is no point and no \(weight, point\)"),
+        ((), r"'soft' is no point and no \(weight, point\)"),
+        ((torch.tensor([0.5]), kdlib.SoftLabels()), r"'soft' is no point and no \(weight, point\)"),
+        ((nn.Parameter(torch.tensor(0.5)), kdlib.SoftLabels()), r"a weight is a number or a schedule"),
+        ((np.float32(-0.5), kdlib.SoftLabels()), "from 0 up, not -0.5"),
     ],
 )
 def test_what_is_no_point_is_refused_when_the_distiller_is_made(entry, words):

@@ -101,7 +101,8 @@ def test_little_memory_of_the_machine_or_of_a_limit_is_noticed():
     assert "checkpoint_activations" in of("memory", **little).line
     limited = of("memory", limit=7_000_000_000)
     assert "checkpoint_activations" in limited.line
-    assert "a limit of 7.0 GB" in limited.found
+    assert limited.found == "64.0 GB, 60.0 GB of it free, and a limit of 7.0 GB"
+    assert of("memory", available=None).found == "64.0 GB"
     assert of("memory", memory=None, available=None) == ("memory", "not known", "", "")
 
 
@@ -183,6 +184,37 @@ def test_limits_of_the_first_version_of_control_groups(root, tmp_path):
             (tmp_path / "sys/fs/cgroup" / name / file).write_text(text)
     found = root(proc__self__cgroup="4:memory:/a\n3:cpu,cpuacct:/a\n1:name=systemd:/a\n")
     assert (found["quota"], found["limit"]) == (2.0, None)
+
+
+QUOTA = {"cpu.cfs_quota_us": "{cores}00", "cpu.cfs_period_us": "100"}
+SECOND = {"": {"cpu.max": "{cores}00 100", "memory.max": "{size}"}}
+FIRST = {"cpu,cpuacct": QUOTA, "memory": {"memory.limit_in_bytes": "{size}"}}
+
+
+@pytest.mark.parametrize("hierarchies", [SECOND, FIRST], ids=["second version", "first version"])
+@pytest.mark.parametrize("narrow", ["", "system.slice", "system.slice/job_7", "system.slice/job_7/step_0/task"])
+def test_the_narrowest_limit_from_the_group_up_to_the_root_counts(root, tmp_path, hierarchies, narrow):
+    own = "system.slice/job_7/step_0/task"
+    limits = {own: (8, 8000), "system.slice/job_7/step_0": (16, 16_000), "another.slice": (1, 1000), narrow: (2, 3000)}
+    for name, files in hierarchies.items():
+        for group, (cores, size) in limits.items():
+            folder = tmp_path / "sys/fs/cgroup" / name / group
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, text in files.items():
+                (folder / file).write_text(text.format(cores=cores, size=size) + "\n")
+    found = root(proc__self__cgroup="".join(f"{number}:{name}:/{own}\n" for number, name in enumerate(hierarchies)))
+    assert (found["quota"], found["limit"]) == (2.0, 3000)
+
+
+def test_a_container_that_does_not_see_its_group_reads_the_limits_at_the_top(root, tmp_path):
+    top = tmp_path / "sys/fs/cgroup"
+    (top / "cpu").mkdir(parents=True)
+    (top / "memory").mkdir()
+    (top / "cpu/cpu.cfs_quota_us").write_text("300")
+    (top / "cpu/cpu.cfs_period_us").write_text("100")
+    (top / "memory/memory.limit_in_bytes").write_text("5000")
+    found = root(proc__self__cgroup="4:memory:/docker/0a1b\n3:cpu,cpuacct:/docker/0a1b\n")
+    assert (found["quota"], found["limit"]) == (3.0, 5000)
 
 
 def test_a_machine_that_tells_nothing_is_described_all_the_same(tmp_path):

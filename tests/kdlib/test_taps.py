@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import pickle
+import re
 import weakref
 from collections import namedtuple
 from types import SimpleNamespace
@@ -204,6 +205,43 @@ def test_a_path_that_names_nothing_says_what_there_is(path, known):
     net.add_module("head", nn.Linear(3, 2))
     with pytest.raises(kdlib.TapError, match=rf"(?s)'gone'.*{path.replace('[', '.').replace(']', '.')}.*{known}"):
         kdlib.Tapped(net, gone=path)(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("path", "written"),
+    [
+        ("layers[1]", "layers.1"),
+        ("layers[1][0]", "layers.1"),
+        ("layers", "layers.0"),
+        ("layers[7]", "layers.0"),
+        ("layers.last", "layers.0"),
+        ("heads", "heads.a"),
+        ("heads.b[0]", "heads.b.0"),
+        ("none[0]", "none.0"),
+    ],
+)
+def test_a_list_of_modules_which_is_never_called_says_how_to_name_one_in_it(path, written):
+    net = Model(lambda self, x: x)
+    net.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    net.heads = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.ModuleList([nn.Linear(4, 4)])})
+    net.none = nn.ModuleList()
+    list_ = re.escape(written.rpartition(".")[0])
+    with pytest.raises(kdlib.TapError, match=rf"Tap 'h': '{list_}' is a Module\w+, .* write '{re.escape(written)}'\."):
+        kdlib.Tapped(net, h=path)
+
+
+def test_a_list_of_modules_that_can_be_called_may_be_tapped():
+    class Pair(nn.ModuleList):
+        def forward(self, x):
+            return self[0](x), self[1](x)
+
+    net, x = nn.Sequential(nn.Linear(4, 4), Pair([nn.Linear(4, 2), nn.Linear(4, 3)])), torch.randn(2, 4)
+    assert torch.equal(kdlib.Tapped(net, h="1[1]")(x)["h"], net(x)[1])
+
+
+def test_an_item_of_what_a_sequential_returns_may_be_tapped():
+    net, x = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.GRU(8, 6))), torch.randn(2, 4)
+    assert torch.equal(kdlib.Tapped(net, frames="0[0]")(x)["frames"], net(x)[0])
 
 
 def test_a_near_name_is_suggested():
@@ -543,6 +581,18 @@ def test_it_stays_on_its_device_and_brings_the_taps_back(net):
     assert follower(torch.randn(2, 4, device="meta"))["logits"].device.type == "meta"
 
 
+@pytest.mark.parametrize("model", [nn.Linear(4, 3), nn.Identity()])
+def test_a_device_by_another_of_its_names_moves_nothing_in_a_call(monkeypatch, model):
+    assert torch.device("cpu:0") != torch.zeros(0, device="cpu:0").device  # as "cuda" and "cuda:0"
+    teacher = kdlib.freeze(kdlib.Tapped(model, logits=""), device="cpu:0")
+    moved, seen, x = [], [], torch.randn(2, 4)
+    monkeypatch.setattr(teacher.model, "to", moved.append)
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    teacher(x)
+    assert moved == []
+    assert seen[0] is x
+
+
 class Framed(nn.Module):
     """Convolution, batch norm and GRU, as frames and a head."""
 
@@ -677,6 +727,18 @@ def test_mapping_twice_is_mapping_to_the_last(labelled):
     twice = labelled.aligned(["tram", "bus", "park"]).aligned(order)
     assert torch.equal(twice(x)["logits"], labelled.aligned(order)(x)["logits"])
     assert torch.equal(twice.aligned(["bus", "park", "tram"])(x)["logits"], labelled(x)["logits"])
+
+
+def test_copies_that_have_run_are_mapped_each_in_its_own_order_on_each_device(labelled):
+    x = torch.randn(5, 4)
+    first = labelled.aligned(["tram", "bus", "park"])
+    logits = first(x)["logits"]
+    second, same = first.aligned(["park", "tram", "bus"]), copy.deepcopy(first)
+    assert torch.equal(second(x)["logits"], logits[:, [2, 0, 1]])
+    assert torch.equal(same(x)["logits"], logits)
+    assert first(x.to("meta"))["logits"].device.type == "meta"  # its weights too, which are lost there
+    assert torch.equal(same(x)["logits"], logits)
+    assert torch.equal(pickle.loads(pickle.dumps(same))(x)["logits"], logits)
 
 
 @pytest.mark.parametrize("wanted", [["bus", "park"], ["bus", "park", "tram", "airport"], ["bus", "park", "metro"]])
