@@ -101,7 +101,7 @@ def _processor(machine: Mapping[str, Any]) -> Finding:
         why = "a training step in bf16 takes 0.3 to 0.5 of the time in fp32 (AVX-512 with bf16)"
         return Finding("processor", found, why, f"{SET} train.precision=bf16 --set train.layout=channels_last")
     lacks = "it has no unit for bf16" if units else "whether it has a unit for bf16 is not known"
-    why = f"{lacks}; the layout alone leaves 0.74 of a step in fp32 (spectrogram network)"
+    why = f"{lacks}; the layout alone leaves 0.7 of a step in fp32 (spectrogram network)"
     return Finding("processor", found, why, f"{SET} train.precision=fp32 --set train.layout=channels_last")
 
 
@@ -129,8 +129,8 @@ def _allocator(machine: Mapping[str, Any]) -> Finding:
         return Finding("allocator", "glibc, which keeps large blocks")
     why = (
         "it takes large tensors from the system and gives them back in each step; set before the program starts, this "
-        "leaves 0.4 to 0.7 of a teacher's time, 0.6 to 0.7 of a training step of the raw network, and of the "
-        "spectrogram network's 0.7 in fp32 and 1.0 in bf16"
+        "leaves 0.3 to 0.8 of a teacher's time, 0.6 to 0.8 of a training step of the raw network, and of the "
+        "spectrogram network's 0.6 in fp32 and 1.0 in bf16"
     )
     return Finding("allocator", "glibc as it comes", why, f"export {SOUND_THRESHOLDS}")
 
@@ -169,7 +169,7 @@ def _gpu(machine: Mapping[str, Any]) -> Finding:
 def _compiler(machine: Mapping[str, Any]) -> Finding:
     if machine["compiler"]:
         return Finding("C++ compiler", machine["compiler"])
-    why = "teacher.inference.compile wants one; a compiled spectrogram network labels in 0.8 to 0.96 of the time"
+    why = "teacher.inference.compile wants one; a compiled spectrogram network labels in 0.6 to 0.98 of the time"
     return Finding("C++ compiler", "none", why, "apt-get install g++")
 
 

@@ -279,38 +279,36 @@ def apart(one: Path, other: Path) -> float | None:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Return seconds and ratios to each figure's first way, median and range over repeats, and the peaks."""
-    lines = [
-        "| what | way | glibc, s | ratio (range) | thresholds, s | ratio (range) |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+    """Return a table for each figure, with ratios to its first way, median and range over repeats; and the peaks."""
+    lines: list[str] = []
     for figure in FIGURES:
         by = {
             name: [one["seconds"] for one in records if one.get("allocator") == name and one["figure"] == figure]
-            for name in ("glibc", "thresholds")
+            for name in ALLOCATORS
         }
-        for way in by["glibc"][0] if all(by.values()) else ():
+        if not (by["glibc"] and by["thresholds"]):
+            continue
+        first, slowest = next(iter(by["glibc"][0])), typical(by["glibc"])
+        heads = ("glibc, s", "ratio (range)", "thresholds, s", "ratio (range)", "thresholds, to the first of glibc")
+        lines += [f"**{figure}**", "", f"| | {' | '.join(heads)} | tcmalloc, s |", f"|---|{'---:|' * 6}"]
+        for way in by["glibc"][0]:
             cells = []
-            for repeats in by.values():
-                first = next(iter(repeats[0]))
-                ratios = sorted(one[way] / one[first] for one in repeats)
+            for name in ("glibc", "thresholds"):
+                ratios = sorted(one[way] / one[first] for one in by[name])
                 spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-                cells += [f"{statistics.median(one[way] for one in repeats):.3f}", "1" if way == first else spread]
-            lines.append(f"| {figure} | {way} | {' | '.join(cells)} |")
-    lines += ["", "| a step | glibc, s | thresholds | tcmalloc |", "|---|---:|---:|---:|"]
-    for figure in FIGURES:
-        medians = {name: taken for name in ALLOCATORS if (taken := typical(records, figure, name))}
-        for way in medians["glibc"] if len(medians) == len(ALLOCATORS) else ():
-            plain = medians["glibc"][way]
-            others = " | ".join(f"{medians[name][way] / plain:.2f}" for name in ("thresholds", "tcmalloc"))
-            lines.append(f"| {figure}, {way} | {plain:.3f} | {others} |")
+                cells += [f"{typical(by[name])[way]:.3f}", "1" if way == first else spread]
+            cells.append(f"{typical(by['thresholds'])[way] / slowest[first]:.2f}")
+            cells.append(f"{typical(by['tcmalloc'])[way]:.3f}" if by["tcmalloc"] else "")
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+        lines.append("")
     lines += [
+        "**peak memory, 40 clips**",
         "",
-        "| network, 40 clips | way | peak, GB | ratio | from the plain run after 3 steps |",
+        "| network | way | GB | ratio | from the plain run after 3 steps |",
         "|---|---|---:|---:|---:|",
     ]
     firsts: dict[str, int] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: str(record["figure"])):
         if "bytes" in record:
             first_size = firsts.setdefault(record["figure"], record["bytes"])
             gap = "" if record["difference"] is None else f"{record['difference']:.1g}"
@@ -319,10 +317,9 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def typical(records: list[dict[str, Any]], figure: str, allocator: str) -> dict[str, float]:
+def typical(repeats: list[dict[str, float]]) -> dict[str, float]:
     """Return the median seconds of each way."""
-    repeats = [one["seconds"] for one in records if one["figure"] == figure and one.get("allocator") == allocator]
-    return {way: statistics.median(one[way] for one in repeats) for way in (repeats[0] if repeats else ())}
+    return {way: statistics.median(one[way] for one in repeats) for way in repeats[0]}
 
 
 def write(path: Path) -> None:
