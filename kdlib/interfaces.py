@@ -40,6 +40,9 @@ class SoftLabelSource(Protocol):
     calls it after the training with the test clips of the two classes that the teacher confuses most, and saves each
     matplotlib figure as ``name.png``. ``difference(part) -> {name: number}`` is for a source that takes a shortcut: how
     far its taps are from those without, on some items of what ``dataset`` returned; ``fit`` reports it once.
+
+    A source whose taps change from epoch to epoch by themselves, by noise of its own say, has the attribute
+    ``augmented = True``; else a store keeps one view of what comes from data that does not change.
     """
 
     def __call__(self, batch: Batch) -> Taps:

@@ -102,7 +102,8 @@ def build_store(
     with threads_set(threads):
         data, asked = data_of(part, title), source_made_of(source)
         wrapped: DataPart = source.dataset(part) if hasattr(source, "dataset") else part
-        changes = wrapped is not part or data["made_by"]["augmentation"] is not None
+        of_itself = getattr(source, "augmented", False)
+        changes = of_itself or wrapped is not part or data["made_by"]["augmentation"] is not None
         drawn = views if changes else 0
         made_of = {
             "what": SOFT_LABELS,

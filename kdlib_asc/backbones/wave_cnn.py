@@ -75,7 +75,7 @@ class WaveCNN(nn.Module):
     1 with two channels and ten classes there are 613,770 parameters and about 2.8 GMAC a clip of 10 s at 48 kHz.
 
     The layers' memory holds the channels of one step side by side (channels_last), whatever the layout of the training:
-    with bf16 a step takes 0.27 to 0.41 of what the same weights take as Conv1d in fp32, by the allocator. The values
+    with bf16 a step takes 0.26 to 0.40 of what the same weights take as Conv1d in fp32, by the allocator. The values
     are the same up to rounding.
 
     One frame covers 26244 samples, so ``encode`` returns ``samples // 26244`` frames and any length from one frame up

@@ -59,11 +59,30 @@ class Slow(Doubled):
         return super().__call__(batch)
 
 
+class Noisy(Doubled):
+    """Noise of its own in every epoch."""
+
+    augmented = True
+
+    def __call__(self, batch):
+        clean = batch["epoch"].view(-1, 1) == kdlib.CLEAN
+        return self.teacher(batch["x"] + torch.randn_like(batch["x"]).masked_fill(clean, 0))
+
+
 def bytes_in(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 # by whom, and after what
+
+
+def test_a_source_that_says_that_it_changes_by_itself_has_a_view_of_each_epoch(tmp_path):
+    assert len(build_store(Doubled(teacher()), part_of(), tmp_path / "still", views=3)) == ROWS
+    store = build_store(Noisy(teacher()), part_of(), tmp_path / "noisy", views=3)
+    assert len(store) == 4 * ROWS
+    source = Stored(folder=tmp_path / "noisy")
+    rows = {"index": torch.zeros(4, dtype=torch.int64), "epoch": torch.tensor([kdlib.CLEAN, 0, 1, 2])}
+    assert len(source(rows)["logits"].unique(dim=0)) == 4
 
 
 def as_rank(folder, rank, world):
