@@ -107,7 +107,7 @@ class Distiller(nn.Module):
         parts: list[Any] = [source, *self._points.values()]
         self._advancing = [part for part in parts if hasattr(part, "advance")]
         self._prepared = False
-        self._optimizers: list[ref[torch.optim.Optimizer]] = []  # one that is used no more trains nothing
+        self._optimizers: dict[int, ref[torch.optim.Optimizer]] = {}  # by id; one that is dropped trains nothing
         self._hook: Any = None
         self._complete = False
 
@@ -186,19 +186,23 @@ class Distiller(nn.Module):
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Have the optimizer's ``step`` call :meth:`advance`, and return the optimizer.
 
-        With several optimizers attach them in the order of their steps: the clock moves with the last one's. One that
-        the program drops is forgotten, and a copy of the distiller has none.
+        Attach several optimizers one after the other, in the order of their steps: the clock moves with the last one's.
+        Once they have stepped, a further call begins anew, for a second stage: the optimizer that it attaches takes the
+        place of those before. One that the program drops is forgotten, and a copy of the distiller has none.
 
         Raises:
             KdlibError: from the first ``step``, before it changes anything: the attached optimizers lack parameters of
-                a projector, which would stay as it was made.
+                a projector, which would stay as it was made. Or from the ``step`` of one that another took the place
+                of.
         """
         if self._hook is not None:
             self._hook.remove()
+        if self._complete:
+            self._optimizers = {}
         self._hook = optimizer.register_step_post_hook(_Advance(self))
-        if not any(optimizer is other for other in self._attached()):
+        if id(optimizer) not in self._optimizers:
             optimizer.register_step_pre_hook(_Complete(self))
-            self._optimizers.append(ref(optimizer))
+            self._optimizers[id(optimizer)] = ref(optimizer)
         self._complete = False
         return optimizer
 
@@ -215,7 +219,7 @@ class Distiller(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the optimizers: a copy has other parameters, and none that trains them yet."""
-        return {**self.__dict__, "_optimizers": [], "_hook": None, "_complete": False}
+        return {**self.__dict__, "_optimizers": {}, "_hook": None, "_complete": False}
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         made = {f"{prefix}projectors.{name}" for name in self.projectors.state_dict()}
@@ -228,7 +232,7 @@ class Distiller(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _attached(self) -> list[torch.optim.Optimizer]:
-        return [optimizer for one in self._optimizers if (optimizer := one()) is not None]
+        return [optimizer for one in self._optimizers.values() if (optimizer := one()) is not None]
 
     def _both(self, batch: NamedBatch) -> tuple[Taps, Taps]:
         teacher: Taps = {}
@@ -293,6 +297,11 @@ class _Complete:
         self.distiller = distiller
 
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if id(optimizer) not in self.distiller._optimizers:
+            raise KdlibError(
+                "This optimizer was attached before the last one stepped, which took its place. To use both, attach "
+                "both, one after the other, in the order of their steps."
+            )
         if not self.distiller._complete:
             lacking = not_in(self.distiller._attached(), self.distiller.projectors)
             if lacking:

@@ -345,14 +345,36 @@ def test_prepared_and_checked_under_autocast_the_student_still_gets_its_gradient
     assert all(parameter.grad is not None for parameter in distiller.student.parameters())
 
 
-def test_an_optimizer_of_an_earlier_stage_trains_no_projector_of_the_next():
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_optimizer_of_an_earlier_stage_trains_no_projector_of_the_next(kept):
     distiller = kdlib.Distiller(tapped(), source_of(), hidden=Projected()).prepare(batch_of())
-    optimizer = distiller.attach(torch.optim.Adam(distiller.parameters()))
+    first = distiller.attach(torch.optim.Adam(distiller.parameters()))
     distiller(batch_of()).total.backward()
-    optimizer.step()
-    optimizer = distiller.attach(torch.optim.SGD(distiller.student.parameters()))
+    first.step()
+    second = distiller.attach(torch.optim.SGD(distiller.student.parameters()))
+    if not kept:
+        del first
+    assert not distiller.check(batch_of())
     with pytest.raises(kdlib.KdlibError, match="lacks 2 parameters of projectors: hidden"):
+        second.step()
+
+
+def test_an_optimizer_that_another_took_the_place_of_does_not_step_unless_both_are_attached_again():
+    distiller = kdlib.Distiller(tapped(), source_of(), hidden=Projected()).prepare(batch_of())
+    first = distiller.attach(torch.optim.SGD(distiller.student.parameters(), lr=0.1))
+    for_projector = distiller.attach(torch.optim.SGD(distiller.projectors.parameters(), lr=0.1))
+    distiller(batch_of()).total.backward()
+    first.step()
+    for_projector.step()
+    second = distiller.attach(torch.optim.Adam(distiller.parameters()))
+    second.step()
+    before = copy.deepcopy(distiller.state_dict())
+    with pytest.raises(kdlib.KdlibError, match="took its place"):
+        first.step()
+    assert all(torch.equal(value, before[name]) for name, value in distiller.state_dict().items())
+    for optimizer in (distiller.attach(first), distiller.attach(second)):
         optimizer.step()
+    assert int(distiller.step) == 3
 
 
 def test_a_copy_has_no_optimizer_and_its_own_clock():
