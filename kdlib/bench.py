@@ -24,6 +24,7 @@ from kdlib.place import threads_set
 from kdlib.points import FitNet, SoftLabels
 from kdlib.progress import track
 from kdlib.sources import SameInput, Stored
+from kdlib.sources.stored import KEY
 from kdlib.storing import build_store
 from kdlib.taps import Tapped, freeze
 
@@ -297,6 +298,11 @@ def tapped(teacher: nn.Module) -> SameInput:
     return SameInput(freeze(Tapped(copy.deepcopy(teacher), logits="logits", embedding="embedding")))
 
 
+def marked(batches: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Return batches as they come from ``source.dataset(part)`` of stored soft labels."""
+    return [{**batch, KEY: torch.zeros_like(batch["index"])} for batch in batches]
+
+
 def _loops(size: Size, folder: str) -> dict[str, Trained]:
     teacher, student, part, batches = made(size)
     online = tapped(teacher)
@@ -305,5 +311,5 @@ def _loops(size: Size, folder: str) -> dict[str, Trained]:
         "by hand": Trained(by_hand, teacher, student, batches, size.warm),
         "online": Trained(distilled, online, student, batches, size.warm),
         "alone": Trained(alone_by_hand, None, student, batches, size.warm),
-        "stored": Trained(distilled, Stored(folder=Path(folder)), student, batches, size.warm),
+        "stored": Trained(distilled, Stored(folder=Path(folder)), student, marked(batches), size.warm),
     }

@@ -113,7 +113,11 @@ def _threads(machine: Mapping[str, Any]) -> Finding:
     line = f"export OMP_NUM_THREADS={usable}"
     if threads > usable:
         return Finding(
-            "threads", found, "threads that share a core wait for each other at the end of every layer", line
+            "threads",
+            found,
+            "threads that share a core wait for each other at the end of every layer: with twice as many as cores a "
+            "training step took 1.5 to 1.75 times as long",
+            line,
         )
     if threads < usable:
         why = "right for as many processes side by side; one process alone leaves cores idle"

@@ -93,10 +93,19 @@ def data_of(part: DataPart, title: str) -> dict[str, Any]:
     Raises:
         DataError: its items are not known, or not how they change from epoch to epoch.
     """
+    inner = getattr(part, "dataset", None)
+    kind = type(part if inner is None or callable(inner) else inner).__name__  # of what the program knows
+    missing = [name for name in ("ids", "labels", "groups", "fingerprint") if not hasattr(part, name)]
+    if missing:
+        raise DataError(
+            f"{title}: {kind} lacks {', '.join(missing)}. Soft labels belong to what the teacher heard, so items must "
+            "be known again: a data part has ids, labels, groups, items by (epoch, index), a method fingerprint(index) "
+            'and an attribute made_by, which is {"augmentation": None} if items never change (see kdlib.DataPart).'
+        )
     made_by: Any = getattr(part, "made_by", None)
     if not isinstance(made_by, Mapping) or "augmentation" not in made_by:
         raise DataError(
-            f"{title}: {type(part).__name__} does not say how its items change from epoch to epoch, and soft labels "
+            f"{title}: {kind} does not say how its items change from epoch to epoch, and soft labels "
             'belong to what the teacher heard. Give it an attribute made_by = {"augmentation": None} if they never '
             "change, or with what the changes depend on (see kdlib.DataPart)."
         )

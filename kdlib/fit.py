@@ -308,7 +308,8 @@ def _judge_teacher(
             write_json(Path(folder) / "teacher.json", kept)
     lines = [f"teacher on {name}: {described(right)}" for name, right in history.teacher.items()]
     if difference:
-        lines.append("teacher's shortcut: " + ", ".join(f"{name} {value:.3g}" for name, value in difference.items()))
+        told = (f"{name} {value if isinstance(value, int) else f'{value:.3g}'}" for name, value in difference.items())
+        lines.append(f"teacher's shortcut: {', '.join(told)}")
     for line in lines if progress else ():
         get_console().print(line, highlight=False, soft_wrap=True)
 

@@ -64,7 +64,8 @@ def progress_bar(steps: int, title: str = "training") -> Iterator[Callback]:
             elif event.kind == "end":
                 terms = " ".join(f"{name} {value:.4g}" for name, value in means.items())
                 taken = f"{event.epoch + 1} epochs, {event.step} steps, {time.perf_counter() - started:.1f} s"
-                line = f"{title}: {taken}, {terms} in the last, {100 * waiting:.0f} % of it waiting for data"
+                last = f", {terms} in the last, {100 * waiting:.0f} % of it waiting for data" if means else ""
+                line = f"{title}: {taken}{last}"
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         yield show

@@ -305,7 +305,10 @@ def resolve(written: Mapping[str, Any], base: Path) -> Recipe:
     top = validated(RecipeBlock, written, "", base)
     own = {"features", "model", "teacher", "student", "source", "points"} & top.model_fields_set
     if top.systems and own:
-        raise RecipeError(f"'{sorted(own)[0]}' stands beside 'systems'; put it into one of them.")
+        key = sorted(own)[0]
+        raise RecipeError(
+            f"'{key}' stands beside 'systems'; put it into one of them: systems.{next(iter(top.systems))}.{key}."
+        )
     if top.systems:
         _changes(top.train, "train", base)
         systems = {

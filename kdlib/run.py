@@ -147,7 +147,11 @@ def _made_folder(recipe: Recipe, folds: Mapping[str, DataParts], out: Path | Non
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise RecipeError(f"{folder}: is there already; a run never writes into another. Name a new --out.") from None
+        begun = (folder / "recipe.json").exists() and not (folder / "result.json").exists()
+        raise RecipeError(
+            f"{folder}: is there already; a run never writes into another. Name a new --out"
+            f"{', or take up with --resume what was begun there' if begun else ''}."
+        ) from None
     except (OSError, ValueError) as error:
         raise KdlibError(f"{folder}: cannot be made: {reason(error)}.") from None
     begin(folder, recipe, folds)

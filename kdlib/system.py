@@ -197,6 +197,9 @@ def _students(
     student = start
     if system.cross_fit is None:  # before the control: what is refused here is refused before it is trained
         source = make_source(system, teacher, student, train)
+        for part in (train, valid) if system.stored and system.control else ():
+            if part is not None:
+                source.dataset(part)  # compares it with its store
     if system.control:
         role = "continued" if system.start == "teacher" else "alone"
         roles[role] = copy.deepcopy(start)

@@ -375,8 +375,8 @@ def freeze(
         classes: the names of the logits' columns, for :meth:`Frozen.aligned`.
 
     Raises:
-        TapError: the model is frozen already, the layout is unknown, or a class is named twice; at the first call,
-            that it cannot be compiled here.
+        TapError: the model is frozen already, dtype or layout is unknown, or a class is named twice; at the first
+            call, that it cannot be compiled here.
 
     Example:
         >>> import torch, kdlib
@@ -387,6 +387,8 @@ def freeze(
     """
     if isinstance(model, Frozen):
         raise TapError("freeze was given a teacher that is frozen already.")
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise TapError(f"dtype={dtype!r} is no type of torch: it wants torch.bfloat16 or the like.")
     if layout is not None and layout not in LAYOUTS:
         raise TapError(f"layout={layout!r} is unknown.{did_you_mean(str(layout), LAYOUTS)}")
     if dtype is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -136,7 +137,7 @@ class MultiSegment:
 
         ``KL`` is the mean over clips of KL(softmax(z_input) || softmax(z)) in nats, ``same class`` the share of clips
         where both logits have one argmax, ``embedding`` the largest difference of a coordinate, and ``cut off`` the
-        samples or frames that each segment lost. Empty for ``input`` itself.
+        samples or frames that a segment lost, ``of`` how many. Empty for ``input`` itself.
 
         Args:
             part: what :meth:`dataset` returned.
@@ -157,7 +158,8 @@ class MultiSegment:
         if "embedding" in wanted:
             result["embedding"] = float((found["embedding"] - wanted["embedding"]).abs().max())
         if self.join == "exact":
-            result["cut off"] = part.part[CLEAN, 0]["x"].shape[self.time_axis] % self._junction().stride
+            steps = part.part[CLEAN, 0]["x"].shape[self.time_axis]
+            result |= {"cut off": steps % self._junction().stride, "of": steps}
         return result
 
     def _junction(self) -> Junction:
@@ -254,6 +256,12 @@ class MultiSegment:
                 junction = self._junction()
                 x = junction.cut(x, self.time_axis)
                 if not junction.fits(x, self.time_axis):
+                    warnings.warn(
+                        f'join="exact" saves nothing here but what it cuts off: segments of {x.shape[self.time_axis]} '
+                        f"steps do not fill one side of a window, {max(junction.before, junction.after)}, and are "
+                        'joined and run whole in each step. Consider join="input" or "frames".',
+                        stacklevel=3,
+                    )
                     return None
                 edges = [junction.tail(x, self.time_axis), junction.head(x, self.time_axis)]
             rows = [self.teacher.encode(x), *edges]

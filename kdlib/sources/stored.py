@@ -78,8 +78,9 @@ class Stored:
 
     ``dataset`` looks for the store of a part by what the part is made of: contents, labels, groups, order of classes,
     features and their augmentation. Where the folder holds stores of several parts, a batch must come from a part that
-    passed through it; where there is one store, a batch is looked up by its numbers alone. Needs ``index`` and
-    ``epoch`` in the batch. Taps are float32, without gradient, on the device of ``x``.
+    passed through it. Where there is one store, a batch from elsewhere is looked up by its numbers alone, and a warning
+    says that nothing compared its data. Needs ``index`` and ``epoch`` in the batch. Taps are float32, without gradient,
+    on the device of ``x``.
 
     Args:
         teacher: the teacher whose labels these should be, to compare; not needed, and never run to label.
@@ -134,12 +135,12 @@ class Stored:
         }
 
     def dataset(self, part: DataPart) -> DataPart:
-        """Return the part, its items marked where there are stores of several; refuse it where there is none of it."""
+        """Return the part, its items marked with their store; refuse it where there is none of it."""
         made_of = data_of(part, "stored soft labels")
         found = [differences(store.manifest.made_of["data"], made_of) for store in self.stores]
         fitting = [number for number, lines in enumerate(found) if not lines]
         if len(fitting) == 1:
-            return part if len(self.stores) == 1 else Alike(part, partial(_marked, part, fitting[0]))
+            return Alike(part, partial(_marked, part, fitting[0]))
         if fitting:
             both = " and ".join(str(self.stores[number].folder) for number in fitting)
             raise DataError(f"{both} both hold soft labels of this part. Name the folder of one of them.")
@@ -151,13 +152,18 @@ class Stored:
         )
 
     def _store_of(self, batch: Batch) -> Store:
-        if len(self.stores) == 1:
-            return self.stores[0]
         if KEY not in batch:
-            raise BatchError(
-                f"{self.folder} holds stores of {len(self.stores)} parts, and the batch does not say of which it is. "
-                "Load it from source.dataset(part)."
+            if len(self.stores) > 1:
+                raise BatchError(
+                    f"{self.folder} holds stores of {len(self.stores)} parts, and the batch does not say of which it "
+                    "is. Load it from source.dataset(part)."
+                )
+            warnings.warn(
+                f"{self.folder}: a batch is looked up by its numbers alone, and nothing has compared its data with the "
+                "store's. Load batches from source.dataset(part).",
+                stacklevel=2,
             )
+            return self.stores[0]
         numbers = set(batch[KEY].tolist())
         if len(numbers) > 1:
             raise BatchError("the batch has rows of several parts, and soft labels are looked up in one store.")
@@ -207,8 +213,8 @@ def _rows(store: Store, index: Tensor, epoch: Tensor) -> Tensor:
     if drawn:
         if len(epoch) and int(epoch.max()) >= drawn and store.manifest.made_of["data"]["made_by"]["augmentation"]:
             warnings.warn(
-                f"{store.folder}: soft labels of {drawn} epochs serve for all, and the input changes with the "
-                f"epoch: from epoch {drawn} on they belong to another view of the sample. Build it with more views.",
+                f"{store.folder}: soft labels of {drawn} epochs serve for all: from epoch {drawn} on they are those of "
+                "epochs before, while the student's input changes. Build it with more views.",
                 stacklevel=2,
             )
         view = torch.where(epoch < 0, 0, 1 + epoch % drawn)
@@ -228,12 +234,15 @@ def _marked(part: DataPart, number: int, key: Key) -> Item:
 
 def _compare(store: Store, teacher: Any) -> None:
     """Refuse labels that came from another teacher."""
-    here = teacher.made_of()["state"]
+    made_of = teacher.made_of()
+    here = made_of["state"]
     there = [one["state"] for one in teachers_of(store.manifest.made_of["source"])]
     if here not in there:
+        types = [str(one.get("dtype") or "as it was") for one in teachers_of(store.manifest.made_of["source"])]
         raise TapError(
             f"{store.folder}: the soft labels are of another teacher. There {' and '.join(there) or 'none'}, here "
-            f"{here} (sha256 of its weights). Load the teacher of the run that they were built from."
+            f"{here} (sha256 of its weights; type there {' and '.join(types) or 'none'}, here "
+            f"{made_of['dtype'] or 'as it was'}). Load the teacher of the run that they were built from."
         )
 
 

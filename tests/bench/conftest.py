@@ -127,6 +127,8 @@ def table(figures):
         for name, figure in ratios.items():
             several.setdefault(name.partition(":")[0], {}).setdefault(figure["ours"], {})[figure["beside"]] = figure
         several = {name: ours for name, ours in several.items() if min(len(ours), *map(len, ours.values())) > 1}
+        if not own:
+            continue
         parts.append(f"### {title}")
         parts += map(beside_each_other, several.values())
         rest = [figure for name, figure in ratios.items() if name.partition(":")[0] not in several]

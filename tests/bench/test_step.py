@@ -20,6 +20,7 @@ from kdlib.bench import (
     distilled,
     loss_by_hand,
     made,
+    marked,
     tapped,
 )
 from kdlib.sources import SameInput, Stored
@@ -196,7 +197,7 @@ def test_stored_targets_beside_the_student_alone(compare, name, tmp_path):
     index = torch.arange(BATCH)
     batches = [{"x": part.x, "y": index % 10, "index": index, "epoch": torch.zeros_like(index)}]
     loops = {
-        "kdlib, stored soft labels": Trained(distilled, Stored(folder=tmp_path), student, batches, 0),
+        "kdlib, stored soft labels": Trained(distilled, Stored(folder=tmp_path), student, marked(batches), 0),
         "student alone, by hand": Trained(alone_by_hand, None, student, batches, 0),
     }
     online = Trained(distilled, source, student, batches, 0)

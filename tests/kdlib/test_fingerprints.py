@@ -67,3 +67,21 @@ def test_a_store_of_another_setting_of_the_teacher_is_refused(tmp_path):
     net.factor = 5.0
     with pytest.raises(kdlib.DataError, match="structure"):
         build_store(kdlib.SameInput(kdlib.freeze(kdlib.Tapped(net, logits=""))), part, tmp_path)
+
+
+class Bare(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return torch.zeros(3), 0
+
+
+def test_what_a_plain_data_set_lacks_for_a_store_is_said_at_once(tmp_path):
+    from kdlib.data import as_part
+    from kdlib.storing import build_store
+
+    source = kdlib.SameInput(kdlib.freeze(kdlib.Tapped(nn.Linear(3, 2), logits="")))
+    for part in (Bare(), as_part(Bare())):
+        with pytest.raises(kdlib.DataError, match=r"Bare lacks ids, labels, groups, fingerprint\..*made_by"):
+            build_store(source, part, tmp_path)

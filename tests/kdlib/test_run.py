@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -404,8 +405,12 @@ def test_a_folder_that_is_there_is_refused_and_untouched(few, tmp_path):
             run(recipe, few, progress=False)
         assert str(few) in str(caught.value)
     assert contents(few) == before
+    begun = shutil.copytree(few, tmp_path / "begun")
+    (begun / "result.json").unlink()
+    with pytest.raises(kdlib.RecipeError, match=r"is there already.*or take up with --resume"):
+        run(read(DIGITS), begun, progress=False)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(kdlib.RecipeError, match="is there already"):
+    with pytest.raises(kdlib.RecipeError, match=r"is there already.*--out\."):
         run(read(DIGITS), tmp_path / "empty", progress=False)
     assert list((tmp_path / "empty").iterdir()) == []
     (tmp_path / "file").write_text("mine")

@@ -69,6 +69,11 @@ class Noisy(Doubled):
         return self.teacher(batch["x"] + torch.randn_like(batch["x"]).masked_fill(clean, 0))
 
 
+def first_epoch(rows):
+    """What else a batch that passed through the source tells of its rows."""
+    return {name: torch.zeros(rows, dtype=torch.int64) for name in ("epoch", "stored")}
+
+
 def bytes_in(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -82,6 +87,7 @@ def test_a_source_that_says_that_it_changes_by_itself_has_a_view_of_each_epoch(t
     assert len(store) == 4 * ROWS
     source = Stored(folder=tmp_path / "noisy")
     rows = {"index": torch.zeros(4, dtype=torch.int64), "epoch": torch.tensor([kdlib.CLEAN, 0, 1, 2])}
+    rows["stored"] = torch.zeros_like(rows["index"])
     assert len(source(rows)["logits"].unique(dim=0)) == 4
 
 
@@ -268,7 +274,7 @@ def test_verify_names_shards_of_another_teacher_whose_manifest_was_deleted(tmp_p
         build_store(Doubled(teacher(seed)), part_of(), tmp_path / str(seed), batch=1)
     (tmp_path / "1" / "manifest.json").replace(tmp_path / "0" / "manifest.json")
     with pytest.raises(kdlib.DataError, match=r"00000\.safetensors: belongs to another store"):
-        Stored(folder=tmp_path / "0")({"index": torch.arange(3), "epoch": torch.zeros(3, dtype=torch.int64)})
+        Stored(folder=tmp_path / "0")({"index": torch.arange(3), **first_epoch(3)})
     assert command("store", "verify", tmp_path / "0") == 2
     assert "4 of 4 shards" in capsys.readouterr().err
 
@@ -305,9 +311,7 @@ def test_float16_takes_half_the_room_and_its_error_is_kept_and_told(tmp_path, ca
     assert rounding(half) == {"logits": pytest.approx(float(error))}
     assert 0 < error <= np.abs(truth).max() * 2**-11
     assert rounding(exact) == {}
-    taps = Stored(folder=tmp_path / "half")(
-        {"index": torch.arange(ROWS), "epoch": torch.zeros(ROWS, dtype=torch.int64)}
-    )
+    taps = Stored(folder=tmp_path / "half")({"index": torch.arange(ROWS), **first_epoch(ROWS)})
     assert taps.keys() == {"logits"}
     assert taps["logits"].dtype == torch.float32
     assert np.abs(taps["logits"].numpy() - truth).max() == error
@@ -360,7 +364,7 @@ def test_data_without_fingerprints_is_refused(tmp_path):
         def __getitem__(self, key):
             return part[key]
 
-    with pytest.raises(kdlib.DataError, match=r"Nameless has no method fingerprint\(index\)"):
+    with pytest.raises(kdlib.DataError, match=r"Nameless lacks fingerprint\. "):
         build_store(Doubled(teacher()), Nameless(), tmp_path)
 
 
@@ -458,6 +462,14 @@ def test_a_check_refuses_other_data_before_anything_is_trained(finished):
     other = stored(finished, data={"kind": "digits", "train": 70, "valid": 40})
     with pytest.raises(kdlib.DataError, match="rows: there 60, here 70"):
         list(check(read(other)))
+
+
+def test_a_run_refuses_other_data_before_its_control_is_trained(finished, tmp_path):
+    other = stored(finished, data={"kind": "digits", "train": 70, "valid": 40})
+    other["student"] = {**DIGITS["student"], "control": True}
+    with pytest.raises(kdlib.DataError, match="rows: there 60, here 70"):
+        run(read(other), tmp_path / "refused", progress=False)
+    assert not list((tmp_path / "refused").rglob("metrics.jsonl"))
 
 
 def test_a_recipe_with_stored_soft_labels_wants_their_teacher(finished, tmp_path):

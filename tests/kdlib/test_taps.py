@@ -629,6 +629,11 @@ def test_in_a_layout_weights_and_images_are_laid_out_and_taps_stay_the_same():
     assert model.conv.weight.is_contiguous()
 
 
+def test_a_type_by_name_is_refused_with_what_is_wanted():
+    with pytest.raises(kdlib.TapError, match=r"dtype='bf16' is no type of torch.*torch\.bfloat16"):
+        kdlib.freeze(Framed(), dtype="bf16")
+
+
 def test_an_unknown_layout_is_refused_with_the_near_one():
     with pytest.raises(kdlib.TapError, match=r"'channel_last' is unknown.*channels_last"):
         kdlib.freeze(Framed(), layout="channel_last")

@@ -10,6 +10,7 @@ import kdlib
 from kdlib.featured import Featured
 from kdlib.sources import Ensemble, Stored
 from kdlib.sources.parts import Rows
+from kdlib.sources.stored import KEY
 from kdlib.storing import build_store
 from kdlib.testing import check_source
 
@@ -59,17 +60,21 @@ def built(folder, part, source=None, **more):
     return Stored(folder=folder)
 
 
+def asked(index, epoch):
+    """A batch of numbers alone, as it comes from a part that passed through the source."""
+    return {"index": index, "epoch": epoch, KEY: torch.zeros_like(index)}
+
+
 def batch_of(part, epoch, rows):
     return torch.utils.data.default_collate([part[epoch, row] for row in rows])
 
 
-@pytest.mark.filterwarnings("ignore:.*another view of the sample")
+@pytest.mark.filterwarnings("ignore:.*epochs serve for all")
 @pytest.mark.parametrize("augment", [None, False, True])
 def test_the_taps_are_those_of_the_source_in_every_epoch_of_the_store_and_again_after_it(tmp_path, augment):
     part, online = part_of(augment=augment), same_input()
     source = built(tmp_path, part, views=3)
     data = source.dataset(part)
-    assert data is part
     for epoch in (kdlib.CLEAN, 0, 1, 2, 5):
         for rows in ([3, 0, 20], [7], [1, 1]):
             stored = source(batch_of(data, epoch, rows))
@@ -82,8 +87,8 @@ def test_the_taps_are_those_of_the_source_in_every_epoch_of_the_store_and_again_
 def test_views_differ_where_the_data_is_augmented_and_rows_of_several_epochs_may_share_a_batch(tmp_path):
     part = part_of(augment=True)
     source = built(tmp_path, part, views=2)
-    with pytest.warns(UserWarning, match="of 2 epochs serve for all.*from epoch 2 on they belong to another view"):
-        taps = source({"index": torch.tensor([4, 4, 4, 4]), "epoch": torch.tensor([-1, 0, 1, 2])})["logits"]
+    with pytest.warns(UserWarning, match="of 2 epochs serve for all: from epoch 2 on they are those of epochs before"):
+        taps = source(asked(torch.tensor([4, 4, 4, 4]), torch.tensor([-1, 0, 1, 2])))["logits"]
     assert torch.equal(taps[1], taps[3])
     assert len(taps.unique(dim=0)) == 3
 
@@ -91,21 +96,22 @@ def test_views_differ_where_the_data_is_augmented_and_rows_of_several_epochs_may
 def test_where_nothing_changes_one_view_is_stored_and_serves_every_epoch(tmp_path):
     source = built(tmp_path, part_of(), views=8)
     assert len(source.stores[0]) == ROWS
-    asked = {"index": torch.tensor([2, 2, 2]), "epoch": torch.tensor([-1, 0, 77])}
-    assert len(source(asked)["logits"].unique(dim=0)) == 1
+    rows = asked(torch.tensor([2, 2, 2]), torch.tensor([-1, 0, 77]))
+    assert len(source(rows)["logits"].unique(dim=0)) == 1
 
 
 def test_it_keeps_the_rules_of_a_source(tmp_path):
     part = part_of(augment=True)
     source = built(tmp_path, part, views=2)
     check_source(source, batch_of(source.dataset(part), 1, [5, 2, 8, 0, 3]))
-    check_source(pickle.loads(pickle.dumps(source)), batch_of(part, 0, [5, 2, 8]))
+    check_source(pickle.loads(pickle.dumps(source)), batch_of(source.dataset(part), 0, [5, 2, 8]))
 
 
 def test_the_ensembles_taps_are_stored_with_those_of_its_members(tmp_path):
     part, online = part_of(), Ensemble({"a": same_input(1), "b": same_input(2)})
-    batch = batch_of(part, 0, [6, 1])
-    taps = built(tmp_path, part, online)(batch)
+    source = built(tmp_path, part, online)
+    batch = batch_of(source.dataset(part), 0, [6, 1])
+    taps = source(batch)
     assert sorted(taps) == sorted(online(batch))
     assert torch.allclose(taps["logits"], online(batch)["logits"], atol=1e-5)
 
@@ -127,7 +133,7 @@ def source_names(store):
     return list(store.manifest.arrays)
 
 
-@pytest.mark.filterwarnings("ignore:.*another view of the sample")
+@pytest.mark.filterwarnings("ignore:.*epochs serve for all")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_training_equals_bit_for_bit_one_with_the_same_targets_in_memory(tmp_path, workers):
     part = part_of(augment=True)
@@ -216,11 +222,24 @@ def test_another_teacher_is_refused_with_both_sides_and_the_same_one_is_not(tmp_
         assert teacher.made_of()["state"] in str(caught.value)
 
 
+def test_a_batch_that_did_not_pass_through_it_is_looked_up_with_a_warning(tmp_path):
+    part, other = part_of(), part_of(seed=7)
+    source = built(tmp_path, part)
+    distiller = kdlib.Distiller(network(9), source, soft=kdlib.SoftLabels())
+    with pytest.warns(UserWarning, match=r"nothing has compared its data.*source\.dataset\(part\)"):
+        unmarked = distiller(batch_of(other, 0, [1, 2])).total
+    marked = distiller({**batch_of(source.dataset(part), 0, [1, 2]), "x": batch_of(other, 0, [1, 2])["x"]}).total
+    assert unmarked == marked
+    with pytest.raises(kdlib.DataError, match="of other data"):
+        source.dataset(other)
+
+
 @pytest.mark.parametrize("missing", ["index", "epoch"])
 def test_a_batch_without_index_or_epoch_names_source_and_key(tmp_path, missing):
     part = part_of()
-    distiller = kdlib.Distiller(network(), built(tmp_path, part), soft=kdlib.SoftLabels())
-    batch = batch_of(part, 0, [1, 2])
+    source = built(tmp_path, part)
+    distiller = kdlib.Distiller(network(), source, soft=kdlib.SoftLabels())
+    batch = batch_of(source.dataset(part), 0, [1, 2])
     del batch[missing]
     with pytest.raises(kdlib.BatchError, match=rf"(?i)source \(Stored\).*no '{missing}'"):
         distiller(batch)
@@ -230,13 +249,13 @@ def test_a_batch_without_index_or_epoch_names_source_and_key(tmp_path, missing):
 def test_an_index_that_is_not_there_is_named(tmp_path, index):
     source = built(tmp_path, part_of())
     with pytest.raises(kdlib.BatchError, match=rf"{index}.* has 21 rows"):
-        source({"index": torch.tensor([index]), "epoch": torch.tensor([0])})
+        source(asked(torch.tensor([index]), torch.tensor([0])))
 
 
 def test_a_store_for_validation_is_not_trained_on(tmp_path):
     source = built(tmp_path, part_of(augment=True), views=0)
     with pytest.raises(kdlib.BatchError, match="epoch 4 is asked"):
-        source({"index": torch.tensor([0]), "epoch": torch.tensor([4])})
+        source(asked(torch.tensor([0]), torch.tensor([4])))
 
 
 def test_two_stores_of_one_part_are_named(tmp_path):
@@ -265,4 +284,4 @@ def test_a_flipped_bit_is_refused_and_the_shard_named(tmp_path):
     data[-5] ^= 4
     path.write_bytes(data)
     with pytest.raises(kdlib.DataError, match=r"00000\.safetensors: damaged"):
-        source({"index": torch.tensor([0]), "epoch": torch.tensor([0])})
+        source(asked(torch.tensor([0]), torch.tensor([0])))
