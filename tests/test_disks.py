@@ -313,7 +313,7 @@ def test_runs_stores_and_caches_lie_under_any_name(tmp_path, parts, finished, na
     assert len((place / "fit" / "metrics.csv").read_text().splitlines()) == 2
     build_store(kdlib.SameInput(frozen), parts.train, place / "store", threads=1)
     stored = Stored(folder=place / "store")
-    batch = {"x": parts.train.x[:3], "index": torch.arange(3), "epoch": torch.full((3,), CLEAN)}
+    batch = next(kdlib.Loader(stored.dataset(parts.train), batch=3, shuffle=False).epoch(CLEAN))
     torch.testing.assert_close(stored(batch)["logits"], frozen(parts.train.x[:3])["logits"])
     kept = filled(torch.nn.Identity(), parts.train, Cache(place / "cache"), lambda i: {"x": parts.train.x[i]})
     assert len(kept) == 60
