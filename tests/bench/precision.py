@@ -289,8 +289,9 @@ def table(records: list[dict[str, Any]]) -> str:
         if not (by["glibc"] and by["thresholds"]):
             continue
         first, slowest = next(iter(by["glibc"][0])), typical(by["glibc"])
-        heads = ("glibc, s", "ratio (range)", "thresholds, s", "ratio (range)", "thresholds, to the first of glibc")
-        lines += [f"**{figure}**", "", f"| | {' | '.join(heads)} | tcmalloc, s |", f"|---|{'---:|' * 6}"]
+        heads = ["glibc, s", "ratio (range)", "thresholds, s", "ratio (range)", "thresholds, to the first of glibc"]
+        heads = [*heads, "tcmalloc, s"] if by["tcmalloc"] else heads
+        lines += [f"**{figure}**", "", f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
         for way in by["glibc"][0]:
             cells = []
             for name in ("glibc", "thresholds"):
@@ -298,7 +299,8 @@ def table(records: list[dict[str, Any]]) -> str:
                 spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
                 cells += [f"{typical(by[name])[way]:.3f}", "1" if way == first else spread]
             cells.append(f"{typical(by['thresholds'])[way] / slowest[first]:.2f}")
-            cells.append(f"{typical(by['tcmalloc'])[way]:.3f}" if by["tcmalloc"] else "")
+            if by["tcmalloc"]:
+                cells.append(f"{typical(by['tcmalloc'])[way]:.3f}")
             lines.append(f"| {way} | {' | '.join(cells)} |")
         lines.append("")
     lines += [
