@@ -43,6 +43,22 @@ def changes(part: Any) -> bool:
     return not (isinstance(made_by, Mapping) and made_by.get("augmentation", "not told") is None)
 
 
+def asked(key: tuple[int, int]) -> tuple[int, int]:
+    """Return the epoch and the index that a part is asked for, where it is asked as a part is.
+
+    Raises:
+        DataError: it is asked by a number alone, as torch's DataLoader asks.
+    """
+    try:
+        epoch, index = key
+    except TypeError:
+        raise DataError(
+            "A data part gives its items by (epoch, index), and was asked by a number alone. Load it with "
+            "kdlib.Loader(part), which torch's DataLoader does the work for."
+        ) from None
+    return epoch, index
+
+
 class TensorPart:
     """A data part of tensors in memory.
 
@@ -84,7 +100,7 @@ class TensorPart:
         return len(self.x)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
+        epoch, index = asked(key)
         return {"x": self.x[index], "y": int(self.labels[index]), "index": index, "epoch": epoch}
 
     @property
@@ -124,7 +140,7 @@ class _Plain:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
+        epoch, index = asked(key)
         return {**as_batch(self.dataset[index]), "index": index, "epoch": epoch}
 
 

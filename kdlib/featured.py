@@ -11,7 +11,7 @@ import torch
 
 from kdlib import ranks
 from kdlib.cache import Cache, filled, read_item
-from kdlib.data import CLEAN, changes
+from kdlib.data import CLEAN, asked, changes
 from kdlib.fingerprints import settings_of, state_of
 from kdlib.interfaces import DataPart, Features
 from kdlib.keyed import keyed
@@ -76,7 +76,7 @@ class Featured:
         return len(self.part)
 
     def __getitem__(self, key: tuple[int, int]) -> Mapping[str, Any]:
-        epoch, index = key
+        epoch, index = asked(key)
         if self.features is None:
             return self.part[key]
         anew = self._samples_change and epoch != CLEAN

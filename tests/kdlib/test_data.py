@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import kdlib
 from kdlib.data import to_device
+from kdlib.featured import Featured
 
 
 def pairs(rows=10):
@@ -361,3 +362,19 @@ def test_an_iterator_that_was_not_drawn_from_counts_as_no_epoch():
     loader.epoch(7)
     assert next(iter(loader))["epoch"].tolist() == [7] * 4
     assert next(iter(loader))["epoch"].tolist() == [8] * 4
+
+
+class Plain(torch.nn.Module):
+    """Features that are the samples."""
+
+    time_axis = -1
+
+    def forward(self, samples):
+        return samples
+
+
+def test_a_part_that_torchs_loader_asks_by_number_names_the_loader_that_knows_how():
+    part = kdlib.TensorPart(torch.zeros(4, 2), [0, 1, 0, 1])
+    for one in (part, Featured(part, Plain())):
+        with pytest.raises(kdlib.DataError, match=r"asked by a number alone.*kdlib\.Loader\(part\)"):
+            next(iter(torch.utils.data.DataLoader(one, batch_size=2)))
