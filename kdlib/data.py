@@ -53,8 +53,8 @@ def asked(key: tuple[int, int]) -> tuple[int, int]:
         epoch, index = key
     except TypeError:
         raise DataError(
-            "A data part gives its items by (epoch, index), and was asked by a number alone. Load it with "
-            "kdlib.Loader(part), which torch's DataLoader does the work for."
+            "A data part gives its items by (epoch, index), and was asked by a number alone: load it with "
+            "kdlib.Loader(part)."
         ) from None
     return epoch, index
 
