@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -68,12 +69,22 @@ def left_to_parent(worker: int = 0) -> None:
     parent, whatever that one dies of.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_by, args=(parent.pid,), daemon=True).start()
 
 
-def _end_by_parent(parent: int) -> None:
+def _end_with(parent: Any) -> None:
+    """End with the parent. Torch's worker asks for its parent once it is at work, and misses none that died before."""
+    parent.join()
+    os._exit(0)
+
+
+def _end_by(parent: int | None) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -1,6 +1,9 @@
 """The loader: an order keyed by (seed, epoch), the same for any number of workers."""
 
 import multiprocessing
+import signal
+import subprocess
+import sys
 import threading
 from collections import namedtuple
 
@@ -378,3 +381,28 @@ def test_a_part_that_torchs_loader_asks_by_number_names_the_loader_that_knows_ho
     for one in (part, Featured(part, Plain())):
         with pytest.raises(kdlib.DataError, match=r"asked by a number alone.*kdlib\.Loader\(part\)"):
             next(iter(torch.utils.data.DataLoader(one, batch_size=2)))
+
+
+ORPHAN = """
+import multiprocessing, os, signal, sys, time
+from kdlib.signals import left_to_parent
+
+def work():
+    while os.getppid() == parent:  # its parent is killed before it begins, as a whole machine may be
+        time.sleep(0.01)
+    left_to_parent()
+    time.sleep(120)
+
+parent = os.getpid()
+process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+process.start()
+print(process.pid, flush=True)
+os.kill(parent, signal.SIGKILL)
+"""
+
+
+def test_a_worker_whose_parent_was_killed_before_it_began_ends():
+    """It has the parent's standard output, which would stay open as long as it lives."""
+    ran = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == -signal.SIGKILL
+    assert int(ran.stdout) > 0
