@@ -186,12 +186,17 @@ def _row(item: Mapping[str, Any], dtype: str, at: str) -> dict[str, np.ndarray]:
 
 
 def _made_of(what: str, features: Any, part: DataPart, cache: Cache, title: str) -> dict[str, Any]:
+    if not hasattr(part, "fingerprint"):
+        raise DataError(
+            f"{title}: the data set's {type(part).__name__} has no method fingerprint(index), by which its items would "
+            "be known again. Take [cache] out of the recipe, or give it the method (see kdlib.DataPart)."
+        )
     state = features.state_dict() if hasattr(features, "state_dict") else {}
     return {
         "what": what,
         "features": {"class": name_of(features), **cache.made_by},
         "source": source_of(type(features)),
         "state": state_of(state),
-        "data": items_of(part, title, "Take [cache] out of the recipe, or"),
+        "data": items_of(part, title),
         "versions": versions("kdlib-asc", "torch", "numpy", "scipy", "soundfile"),
     }

@@ -66,25 +66,13 @@ def network_of(model: nn.Module) -> dict[str, str]:
     }
 
 
-def items_of(part: DataPart, title: str, instead: str) -> str:
-    """Return the sha256 of the ids and contents of a part, in their order.
+def items_of(part: Any, title: str) -> str:
+    """Return the sha256 of the ids and contents of a part with a method ``fingerprint(index)``, in their order.
 
-    Args:
-        part: the data.
-        title: what to call it beside the progress bar and in messages.
-        instead: what can be done where the part has no method ``fingerprint(index)``.
-
-    Raises:
-        DataError: it has none.
+    The title stands beside the progress bar.
     """
-    look: Any = getattr(part, "fingerprint", None)
-    if look is None:
-        raise DataError(
-            f"{title}: the data set's {type(part).__name__} has no method fingerprint(index), by which its items would "
-            f"be known again. {instead} give it the method (see kdlib.DataPart)."
-        )
     lines = track(enumerate(part.ids), f"{title}: fingerprints", total=len(part))
-    return digest(json.dumps([id, look(index)]).encode() for index, id in lines)
+    return digest(json.dumps([id, part.fingerprint(index)]).encode() for index, id in lines)
 
 
 def data_of(part: DataPart, title: str) -> dict[str, Any]:
@@ -112,7 +100,7 @@ def data_of(part: DataPart, title: str) -> dict[str, Any]:
     classes = getattr(part, "classes", None)
     return {
         "rows": len(part),
-        "items": items_of(part, title, "Use the teacher itself, or"),
+        "items": items_of(part, title),
         "labels": digest([np.asarray(part.labels, dtype=np.int64).tobytes()]),
         "groups": digest([json.dumps([str(group) for group in part.groups]).encode()]),
         "classes": None if classes is None else [str(name) for name in classes],

@@ -64,7 +64,7 @@ def data_made_of(part: Any, title: str) -> dict[str, Any]:
     """Return what is known of the data of a part: all that it tells, and the values of a plain data set of tensors."""
     items, tensors = None, getattr(getattr(part, "dataset", None), "tensors", None)
     if hasattr(part, "fingerprint"):
-        items = items_of(part, title, "")
+        items = items_of(part, title)
     elif tensors is not None:
         items = state_of({str(number): tensor for number, tensor in enumerate(tensors)})
     try:
